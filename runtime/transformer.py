@@ -1,0 +1,228 @@
+"""The FLUX.1 transformer, written once over the operations of `fluxkiln.kernels`.
+
+    modulate   everything that depends on timestep, guidance and pooled text: shift, scale and gate of every block.
+               27 % of the weights, needed once for a whole schedule, not once a step.
+    step       everything else: image and text tokens to velocity, the part that repeats.
+
+The stream is joint, `[B, L_txt + L_img, D]`, text first, in the double blocks too. Tensor names are the original
+release's. The graph is given its operations and names no backend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fluxkiln.config import TIME_EMBED_DIM, FluxConfig
+from fluxkiln.kernels import EAGER, Ops
+from fluxkiln.kernels.layers import Linear, QKNorm, Streams, rows
+from fluxkiln.kernels.qkv_rope import Projection
+
+
+@dataclass(frozen=True)
+class DoubleBlock:
+    """A block in which text and image have weights of their own; each field holds (text, image)."""
+
+    qkv: Projection
+    proj: Streams
+    mlp_in: Streams
+    mlp_out: Streams
+
+
+@dataclass(frozen=True)
+class SingleBlock:
+    """A block in which text and image share weights, and attention runs beside the MLP."""
+
+    qkv: Projection
+    mlp_in: Streams
+    out: Streams
+
+
+class Transformer:
+    """FLUX.1's velocity network.
+
+    Args:
+        config: its sizes.
+        tensors: native name -> tensor, all of one dtype and device (parameters work: eager is differentiable).
+        ops: who runs the operations.
+    """
+
+    def __init__(self, config: FluxConfig, tensors: Mapping[str, Tensor], ops: Ops = EAGER) -> None:
+        def linear(name: str) -> Linear:
+            return Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+        def qk_norm(name: str) -> QKNorm:
+            return QKNorm(tensors[f"{name}.query_norm.scale"], tensors[f"{name}.key_norm.scale"])
+
+        self.config, self.ops = config, ops
+        self.embed = ops.pack(Streams((linear("txt_in"), linear("img_in"))))
+        self.embedders = {
+            name: (linear(f"{name}_in.in_layer"), linear(f"{name}_in.out_layer"))
+            for name in ("time", "guidance", "vector")
+            if name != "guidance" or config.guidance_embed
+        }
+        self.modulations: list[Linear] = []
+        self.double_blocks: list[DoubleBlock] = []
+        self.single_blocks: list[SingleBlock] = []
+        for i in range(config.depth):
+            text, image = f"double_blocks.{i}.txt", f"double_blocks.{i}.img"
+            self.modulations += [linear(f"{text}_mod.lin"), linear(f"{image}_mod.lin")]
+            self.double_blocks.append(
+                DoubleBlock(
+                    qkv=ops.pack_qkv(
+                        Streams((linear(f"{text}_attn.qkv"), linear(f"{image}_attn.qkv"))),
+                        (qk_norm(f"{text}_attn.norm"), qk_norm(f"{image}_attn.norm")),
+                    ),
+                    proj=ops.pack(Streams((linear(f"{text}_attn.proj"), linear(f"{image}_attn.proj")))),
+                    mlp_in=ops.pack(Streams((linear(f"{text}_mlp.0"), linear(f"{image}_mlp.0")))),
+                    mlp_out=ops.pack(Streams((linear(f"{text}_mlp.2"), linear(f"{image}_mlp.2")))),
+                )
+            )
+        for i in range(config.depth_single_blocks):
+            block = f"single_blocks.{i}"
+            self.modulations.append(linear(f"{block}.modulation.lin"))
+            both, cut = linear(f"{block}.linear1"), 3 * config.hidden_size
+            self.single_blocks.append(
+                SingleBlock(
+                    qkv=ops.pack_qkv(Streams((rows(both, slice(None, cut)),)), (qk_norm(f"{block}.norm"),)),
+                    mlp_in=ops.pack(Streams((rows(both, slice(cut, None)),))),
+                    out=ops.pack(Streams((linear(f"{block}.linear2"),))),
+                )
+            )
+        self.modulations.append(linear("final_layer.adaLN_modulation.1"))
+        self.final = ops.pack(Streams((linear("final_layer.linear"),)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.modulations[0].bias.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.modulations[0].bias.device
+
+    def __call__(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        pooled: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+    ) -> Tensor:
+        """Velocity at one timestep.
+
+        Args:
+            img: packed latents `[B, L_img, C_in]`; reference tokens appended by the caller.
+            txt: text sequence `[B, L_txt, D_ctx]`.
+            pooled: pooled text `[B, D_vec]`.
+            timestep: `[B]`, 1 = noise, 0 = image.
+            guidance: `[B]`, for example 3.5; None where the model has no guidance embedding.
+            img_ids: positions `[L_img, 3]` or `[B, L_img, 3]`: index, row, column.
+            txt_ids: positions `[L_txt, 3]` or `[B, L_txt, 3]`.
+
+        Returns:
+            velocity `[B, L_img, C_out]`.
+
+        Raises:
+            ValueError: a shape that does not fit, or guidance missing where the model needs it.
+        """
+        self._check(img, txt, pooled, timestep, img_ids, txt_ids)
+        mods = self.modulate(pooled, timestep, guidance)
+        return self.step(img.to(self.dtype), txt.to(self.dtype), mods, self.rope(txt_ids, img_ids))
+
+    def modulate(self, pooled: Tensor, timestep: Tensor, guidance: Tensor | None) -> Tensor:
+        """All modulation vectors `[N, M, D]` for N rows of (pooled, timestep, guidance), in the order of use.
+
+        A double block has 12 (text: shift, scale, gate before attention, then the same before the MLP; then
+        image likewise), a single block 3 (shift, scale, gate), the end 2 (shift, scale). The rows may be images,
+        steps of a schedule, or both: they do not see each other.
+        """
+        vec = self._embed("time", sinusoidal(timestep.to(self.dtype) * 1000).to(self.dtype))
+        if self.config.guidance_embed:
+            if guidance is None:
+                raise ValueError(
+                    "this model has a guidance embedding: guidance must be [B] (for example 3.5), got None"
+                )
+            vec = vec + self._embed("guidance", sinusoidal(guidance.to(self.dtype) * 1000).to(self.dtype))
+        vec = torch.nn.functional.silu(vec + self._embed("vector", pooled.to(self.dtype)))
+        return torch.cat([linear(vec) for linear in self.modulations], dim=-1).unflatten(-1, (-1, vec.shape[-1]))
+
+    def rope(self, txt_ids: Tensor, img_ids: Tensor) -> Tensor:
+        """cos and sin of every rotated pair, `[1 or B, L, d/2, 2]`, for text then image positions."""
+        txt_ids, img_ids = (ids if ids.ndim == 3 else ids[None] for ids in (txt_ids, img_ids))
+        batch = max(len(txt_ids), len(img_ids))
+        ids = torch.cat((txt_ids.expand(batch, -1, -1), img_ids.expand(batch, -1, -1)), dim=1).to(self.device)
+        # Angles in fp64, whatever the model's dtype: fp32 angles lose a bit per octave of the position.
+        angles = [
+            ids[..., axis, None].double()
+            * self.config.theta ** (-torch.arange(0, dim, 2, device=ids.device).double() / dim)
+            for axis, dim in enumerate(self.config.axes_dim)
+        ]
+        angle = torch.cat(angles, dim=-1)
+        return torch.stack((angle.cos(), angle.sin()), dim=-1).to(torch.promote_types(self.dtype, torch.float32))
+
+    def step(self, img: Tensor, txt: Tensor, mods: Tensor, rope: Tensor) -> Tensor:
+        """Velocity `[B, L_img, C_out]` from `img [B, L_img, C_in]`, `txt [B, L_txt, D_ctx]`, one row of `mods` an image."""
+        ops, split, at = self.ops, txt.shape[1], 0
+        x = ops.linear((txt, img), self.embed)
+
+        for double in self.double_blocks:
+            mod = mods[:, at : at + 12].unflatten(1, (2, 6))  # [B, 2, 6, D]
+            shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(2)
+            at += 12
+            h = ops.norm_modulate(x, shift1, scale1, split, out=double.qkv.input)
+            o = ops.attention(*ops.qkv_rope(h, double.qkv, rope, split), out=double.proj.input)
+            x = ops.linear_gate_residual((o,), double.proj, gate1, x, split)
+            h = ops.norm_modulate(x, shift2, scale2, split, out=double.mlp_in.input)
+            h = ops.linear_gelu(h, double.mlp_in, split, out=double.mlp_out.input)
+            x = ops.linear_gate_residual((h,), double.mlp_out, gate2, x, split)
+
+        for single in self.single_blocks:
+            shift, scale, gate = mods[:, at : at + 3, None].unbind(1)  # each [B, 1, D]
+            at += 3
+            h = ops.norm_modulate(x, shift, scale, 0, out=single.qkv.input)
+            o = ops.attention(*ops.qkv_rope(h, single.qkv, rope, 0), out=single.out.input)
+            h = ops.linear_gelu(h, single.mlp_in, 0, out=single.out.input)
+            x = ops.linear_gate_residual((o, h), single.out, gate, x, 0)
+
+        shift, scale = mods[:, at:, None].unbind(1)
+        return ops.linear((ops.norm_modulate(x[:, split:], shift, scale, 0),), self.final)
+
+    def _embed(self, name: str, x: Tensor) -> Tensor:
+        inner, outer = self.embedders[name]
+        return outer(torch.nn.functional.silu(inner(x)))
+
+    def _check(
+        self, img: Tensor, txt: Tensor, pooled: Tensor, timestep: Tensor, img_ids: Tensor, txt_ids: Tensor
+    ) -> None:
+        c, b = self.config, img.shape[0]
+        want = {
+            "img": (img, (b, img.shape[1] if img.ndim == 3 else "L_img", c.in_channels)),
+            "txt": (txt, (b, txt.shape[1] if txt.ndim == 3 else "L_txt", c.context_in_dim)),
+            "pooled": (pooled, (b, c.vec_in_dim)),
+            "timestep": (timestep, (b,)),
+        }
+        for name, (tensor, shape) in want.items():
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+        for name, ids, length in (("img_ids", img_ids, img.shape[1]), ("txt_ids", txt_ids, txt.shape[1])):
+            if (
+                ids.shape[-2:] != (length, 3)
+                or ids.ndim not in (2, 3)
+                or (ids.ndim == 3 and ids.shape[0] not in (1, b))
+            ):
+                raise ValueError(f"{name} must be [{length}, 3] or [{b}, {length}, 3], got {list(ids.shape)}")
+
+
+def sinusoidal(t: Tensor) -> Tensor:
+    """Embedding `[N, 256]` of `t [N]`: cosines, then sines, of geometrically spaced frequencies; fp32 (fp64 for fp64)."""
+    half = TIME_EMBED_DIM // 2
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    frequency = torch.exp(-math.log(10_000) * torch.arange(half, dtype=dtype, device=t.device) / half)
+    angle = t[:, None].to(dtype) * frequency
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
