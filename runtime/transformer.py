@@ -167,7 +167,7 @@ class Transformer:
         return torch.stack((angle.cos(), angle.sin()), dim=-1).to(torch.promote_types(self.dtype, torch.float32))
 
     def step(self, img: Tensor, txt: Tensor, mods: Tensor, rope: Tensor) -> Tensor:
-        """Velocity `[B, L_img, C_out]` from `img [B, L_img, C_in]`, `txt [B, L_txt, D_ctx]`, one row of `mods` an image."""
+        """Velocity `[B, L_img, C_out]` from `img [B, L_img, C_in]`, `txt [B, L_txt, D_ctx]` and `mods [B, M, D]`."""
         ops, split, at = self.ops, txt.shape[1], 0
         x = ops.linear((txt, img), self.embed)
 
@@ -220,7 +220,7 @@ class Transformer:
 
 
 def sinusoidal(t: Tensor) -> Tensor:
-    """Embedding `[N, 256]` of `t [N]`: cosines, then sines, of geometrically spaced frequencies; fp32 (fp64 for fp64)."""
+    """Embedding `[N, 256]` of `t [N]`: cosines then sines of geometrically spaced frequencies, in at least fp32."""
     half = TIME_EMBED_DIM // 2
     dtype = torch.promote_types(t.dtype, torch.float32)
     frequency = torch.exp(-math.log(10_000) * torch.arange(half, dtype=dtype, device=t.device) / half)
