@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +19,34 @@ EPS = 1e-6  # of every LayerNorm and RMSNorm in FLUX.1
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """A second way through a linear, in the model's dtype: `+ (x downᵀ) upᵀ`, x before quantisation.
+
+    `down [R, K]`, `up [N, R]`; R is padded with zeros to a multiple of 16, what one matrix instruction takes.
+    """
+
+    down: Tensor
+    up: Tensor
+
+
+@dataclass(frozen=True)
 class Linear:
-    """`y = x Wᵀ + b`: `weight [N, K]`, `bias [N]`; `input` says how its input activation is quantised."""
+    """`y = x Wᵀ + b`.
+
+    Attributes:
+        weight: `[N, K]`.
+        bias: `[N]`.
+        input: how the producer of x quantises it; None, not at all.
+        low_rank: what is added to the product, for example to make up for the weight's quantisation.
+        accumulate: how products are summed: `f32`; `promote128`, tensor-core sums of 128 products, which may be
+            narrower than fp32, added up in fp32; `f16`, fp16 sums of 128 products, added up in fp32.
+    """
 
     weight: Tensor | Fp8 | Nvfp4
     bias: Tensor
     input: Quant | None = None
+    low_rank: LowRank | None = None
+    accumulate: Literal["f32", "promote128", "f16"] = "f32"
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self.weight, self.bias)

@@ -1,0 +1,61 @@
+"""Triton, where there is one: what a kernel's file needs to be written, imported and run anywhere.
+
+    from fluxkiln.kernels.language import jit, tl
+
+A kernel launched on CUDA tensors is compiled, launched on CPU tensors it runs in Triton's interpreter, repaired by
+`fluxkiln.kernels.interpret`; `fluxkiln.kernels.compile` compiles it for a GPU that is not there. One process can do
+all three. Without Triton the file still imports, its reference still runs, and launching the kernel says what to
+install.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import triton.language as tl
+    from triton.runtime.jit import JITFunction
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # no wheel for this platform
+    tl = JITFunction = TensorDescriptor = None
+
+__all__ = ["MISSING", "TensorDescriptor", "constexpr", "jit", "tl"]
+
+MISSING = "Triton is not installed: pip install 'triton>=3.6' (Linux), or use backend='eager'"
+
+
+class Absent:
+    """Stands where a kernel would be, on a machine without Triton."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        raise ImportError(MISSING)
+
+
+class Kernel(JITFunction or object):  # type: ignore[misc]
+    """A Triton function that is interpreted when its first argument lives in the CPU's memory."""
+
+    def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if not warmup and getattr(args[0], "base", args[0]).device.type == "cpu":  # a descriptor has a base
+            from fluxkiln.kernels import interpret
+
+            return interpret.launch(self, grid, args, options)
+        return super().run(*args, grid=grid, warmup=warmup, **options)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """One Triton function calls another: only ever reached in the interpreter."""
+        from fluxkiln.kernels import interpret
+
+        return interpret.call(self, *args, **options)
+
+
+def jit(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """`triton.jit`, for kernels that run on CPU tensors too. Options as there (`do_not_specialize`, ...)."""
+    if fn is None:
+        return lambda fn: jit(fn, **options)
+    return Kernel(fn, **options) if tl else Absent()
+
+
+def constexpr(value: Any) -> Any:
+    """`tl.constexpr`, for a constant of a kernel's file."""
+    return tl.constexpr(value) if tl else value
