@@ -11,6 +11,7 @@ install.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 try:
@@ -20,7 +21,7 @@ try:
 except ImportError:  # no wheel for this platform
     tl = JITFunction = TensorDescriptor = None
 
-__all__ = ["MISSING", "TensorDescriptor", "constexpr", "jit", "tl"]
+__all__ = ["MISSING", "Launch", "TensorDescriptor", "constexpr", "jit", "tl"]
 
 MISSING = "Triton is not installed: pip install 'triton>=3.6' (Linux), or use backend='eager'"
 
@@ -54,6 +55,20 @@ def jit(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
     if fn is None:
         return lambda fn: jit(fn, **options)
     return Kernel(fn, **options) if tl else Absent()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, ready to run: `launch()`. Made the same way for tensors of any device."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]  # the kernel's constexprs, num_warps, num_stages, ...
+
+    def __call__(self) -> None:
+        # Triton 3.10 turns the contraction of multiply and add off unless asked.
+        self.kernel[self.grid](*self.args, **self.options, enable_fp_fusion=True)
 
 
 def constexpr(value: Any) -> Any:
