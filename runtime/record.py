@@ -25,7 +25,10 @@ if typing.TYPE_CHECKING:
     from PIL.Image import Image
 
 SCHEMA = 1
+MAX_BLOCKS = 10_000  # bounds what a hostile file can make of a range of blocks
+_TRAINED_MEDIA = "digitalsourcetype/trainedAlgorithmicMedia"  # end of the IPTC term's address
 
+Role = Literal["image", "reference", "mask", "control"]
 Mode = Literal["text-to-image", "image-to-image", "edit", "masked-edit", "fill", "control"]
 Determinism = Literal["rows-bitwise", "rows-to-rounding", "repeatable"]
 DETERMINISM: dict[str, str] = {
@@ -47,14 +50,23 @@ class Picture:
         size: width and height as given, in pixels.
         used: width and height in which the model saw it.
         resize: how it got from `size` to `used`, for example `lanczos`; `none` if it was taken as it is.
+        synthetic: its own metadata says that a model made all of it.
     """
 
-    role: Literal["image", "reference", "mask", "control"]
+    role: Role
     name: str | None
     sha256: str
     size: tuple[int, int]
     used: tuple[int, int]
     resize: str
+    synthetic: bool = False
+
+    @classmethod
+    def of(cls, role: Role, image: Image, used: tuple[int, int], resize: str = "none") -> Picture:
+        """Describe a picture as it was given: before rotation, conversion and resizing."""
+        name = getattr(image, "filename", None)
+        synthetic = _TRAINED_MEDIA in _xmp(image)
+        return cls(role, Path(name).name if name else None, pixel_digest(image), image.size, used, resize, synthetic)
 
 
 @dataclass(frozen=True)
@@ -266,8 +278,9 @@ class Record:
             raise ValueError(f"the record has schema {data['schema']}, this fluxkiln reads up to {SCHEMA}: update it")
         try:
             data["plan"] = _ungroup(data["plan"])
-            return _decode(cls, {k: v for k, v in data.items() if k not in ("schema", "coverage")})
-        except (KeyError, TypeError, AttributeError) as error:
+            record = _decode(cls, {k: v for k, v in data.items() if k not in ("schema", "coverage")})
+            return record if record.index is None else record.image(record.index)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a fluxkiln record: {type(error).__name__}: {error}") from None
 
 
@@ -277,6 +290,11 @@ def pixel_digest(picture: Image) -> str:
     if picture.mode == "P":
         picture = picture.convert("RGBA")
     return hashlib.sha256(head + picture.tobytes()).hexdigest()
+
+
+def _xmp(image: Image) -> str:
+    packet = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or ""
+    return packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet
 
 
 def versions(device: torch.device | str = "cpu") -> dict[str, str]:
@@ -380,6 +398,8 @@ def _ungroup(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if "blocks" not in group:
             layers.append(((prefix, 0, order), layer))
         for first, last in group.get("blocks", []):
+            if last >= MAX_BLOCKS:
+                raise ValueError(f"block {last} of {name}, no model has {MAX_BLOCKS}")
             layers += [
                 ((prefix, i, order), layer | {"name": name.replace("*", str(i), 1)}) for i in range(first, last + 1)
             ]
