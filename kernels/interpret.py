@@ -96,8 +96,8 @@ def repaired() -> Iterator[None]:
         for name, value in list(vars(tl.tensor).items()):
             if isinstance(value, JITFunction):
                 scope.set_attr(tl.tensor, name, functools.partialmethod(_interpreted(value.fn)))
-        language = stock._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
         scope.set_attr(tl, "dot_scaled", dot_scaled)
+        language = stock._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
         try:
             yield
         finally:

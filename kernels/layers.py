@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fluxkiln.kernels.formats import Fp8, Nvfp4, Quant
+from fluxkiln.kernels.formats import Activation, Quant, Weight, columns, dense, dequantize, multiply, row_norm
 
 EPS = 1e-6  # of every LayerNorm and RMSNorm in FLUX.1
 
@@ -42,14 +43,55 @@ class Linear:
             narrower than fp32, added up in fp32; `f16`, fp16 sums of 128 products, added up in fp32.
     """
 
-    weight: Tensor | Fp8 | Nvfp4
+    weight: Weight
     bias: Tensor
     input: Quant | None = None
     low_rank: LowRank | None = None
     accumulate: Literal["f32", "promote128", "f16"] = "f32"
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype, in which unquantised results are handed on."""
+        return self.bias.dtype
+
+    def __call__(self, *xs: Activation) -> Tensor:
+        """`y [..., N]` of x, given as its parts side by side on K.
+
+        Without quantisation a plain linear in the model's dtype; with it, in at least fp32, unrounded: the epilogue
+        of the operation goes on from there, and rounds or quantises once.
+        """
+        if isinstance(self.weight, Tensor) and all(isinstance(x, Tensor) for x in xs):
+            x = xs[0] if len(xs) == 1 else torch.cat(xs, dim=-1)
+            y = torch.nn.functional.linear(x, self.weight, self.bias)
+        else:
+            wide, y, start = torch.promote_types(self.dtype, torch.float32), self.bias, 0
+            for x in xs:
+                stop = start + x.shape[-1]
+                y = y.to(wide) + multiply(x, columns(self.weight, start, stop), wide)
+                start = stop
+        if self.low_rank is None:
+            return y
+        x = torch.cat([dense(x) for x in xs], dim=-1)
+        side = torch.nn.functional.linear(x, self.low_rank.down)
+        return y + torch.nn.functional.linear(side.to(y.dtype), self.low_rank.up.to(y.dtype))
+
+    @cached_property
+    def gain(self) -> Tensor:
+        """`max_n ‖w_n‖₂`, fp32 scalar: no output exceeds it times the input's norm, by more than the bias."""
+        weight = dequantize(self.weight)
+        if self.low_rank is not None:
+            weight = weight + self.low_rank.up.float() @ self.low_rank.down.float()
+        return torch.linalg.vector_norm(weight, dim=-1).amax()
+
+    @cached_property
+    def offset(self) -> Tensor:
+        """`max |b|`, fp32 scalar."""
+        return self.bias.float().abs().amax()
+
+    def bound(self, *xs: Activation) -> Tensor:
+        """An upper bound `[...]` of the magnitudes in each row of `y`, by Cauchy and Schwarz."""
+        norm = torch.stack([row_norm(x) for x in xs]).square().sum(0).sqrt()
+        return norm * self.gain.to(norm.dtype) + self.offset.to(norm.dtype)
 
 
 class Streams(tuple[Linear, ...]):
