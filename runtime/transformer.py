@@ -201,21 +201,19 @@ class Transformer:
         self, img: Tensor, txt: Tensor, pooled: Tensor, timestep: Tensor, img_ids: Tensor, txt_ids: Tensor
     ) -> None:
         c, b = self.config, img.shape[0]
-        want = {
-            "img": (img, (b, img.shape[1] if img.ndim == 3 else "L_img", c.in_channels)),
-            "txt": (txt, (b, txt.shape[1] if txt.ndim == 3 else "L_txt", c.context_in_dim)),
-            "pooled": (pooled, (b, c.vec_in_dim)),
-            "timestep": (timestep, (b,)),
-        }
-        for name, (tensor, shape) in want.items():
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+        for name, tensor, shape in (
+            ("img", img, (b, "L_img", c.in_channels)),
+            ("txt", txt, (b, "L_txt", c.context_in_dim)),
+            ("pooled", pooled, (b, c.vec_in_dim)),
+            ("timestep", timestep, (b,)),
+        ):
+            fits = len(shape) == tensor.ndim and all(
+                w in (n, "L_img", "L_txt") for w, n in zip(shape, tensor.shape, strict=True)
+            )
+            if not fits:
+                raise ValueError(f"{name} must be [{', '.join(map(str, shape))}], got {list(tensor.shape)}")
         for name, ids, length in (("img_ids", img_ids, img.shape[1]), ("txt_ids", txt_ids, txt.shape[1])):
-            if (
-                ids.shape[-2:] != (length, 3)
-                or ids.ndim not in (2, 3)
-                or (ids.ndim == 3 and ids.shape[0] not in (1, b))
-            ):
+            if ids.shape not in ((length, 3), (1, length, 3), (b, length, 3)):
                 raise ValueError(f"{name} must be [{length}, 3] or [{b}, {length}, 3], got {list(ids.shape)}")
 
 

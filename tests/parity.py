@@ -1,0 +1,61 @@
+"""What parity tests share: weights that leave no part of the network idle, and diffusers' model on the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+from fluxkiln.config import FluxConfig
+from fluxkiln.names import SWAPPED, to_diffusers
+
+
+def random_tensors(config: FluxConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Weights for which no part of the network is idle: q/k norms near 3, biases (so gates) away from zero."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+        x = torch.randn(shape, generator=g)
+        if name.endswith(".scale"):
+            return 3 + 0.3 * x
+        return x / shape[1] ** 0.5 if len(shape) == 2 else 0.3 * x
+
+    return {name: draw(name, shape) for name, shape in config.tensor_shapes().items()}
+
+
+def diffusers_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Native tensors under diffusers' names: fused rows taken apart, the final modulation's halves swapped."""
+    state = {}
+    for name, tensor in tensors.items():
+        if name in SWAPPED:
+            tensor = torch.cat(tuple(reversed(tensor.chunk(2))))
+        parts = to_diffusers(name)
+        width = tensor.shape[0] // 7 if len(parts) == 4 else tensor.shape[0] // len(parts)
+        sizes = [width] * (len(parts) - 1)
+        state.update(zip(parts, tensor.split([*sizes, tensor.shape[0] - sum(sizes)]), strict=True))
+    return state
+
+
+def diffusers_model(config: FluxConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> FluxTransformer2DModel:
+    model = FluxTransformer2DModel.from_config(config.to_diffusers())
+    model.load_state_dict(diffusers_state(tensors))
+    return model.to(dtype).eval()
+
+
+def diffusers_velocity(model: FluxTransformer2DModel, x: Mapping[str, Tensor | None]) -> Tensor:
+    return model(
+        hidden_states=x["img"],
+        encoder_hidden_states=x["txt"],
+        pooled_projections=x["pooled"],
+        timestep=x["timestep"],
+        guidance=x["guidance"],
+        img_ids=x["img_ids"],
+        txt_ids=x["txt_ids"],
+        return_dict=False,
+    )[0]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
