@@ -23,6 +23,7 @@ FP8_MAX = 448.0
 E2M1_MAX = 6.0
 NVFP4_MAX = FP8_MAX * E2M1_MAX  # of a block's values, in units of the global scale
 BLOCK = 16  # columns that share an NVFP4 block scale
+F16_PEAK = 22.0  # largest code of both sides of a product summed in fp16: 22 * 22 * 128 stays below 65504
 TINY = 2.0**-64  # least scale: rows of zeros divide by it and stay zeros
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # code -> value
@@ -87,24 +88,27 @@ class Quant:
             `static`, the calibrated scalar `scale`.
         scale: fp32 scalar, for `static` only: the FP8 row scale or the NVFP4 global scale.
         keep: hand the unquantised activation on as well.
+        peak: the FP8 code that the largest magnitude (or the bound) becomes: 448, or `F16_PEAK` for a layer that
+            accumulates in fp16. e4m3 keeps its precision, 2**-4, down to 2**-6, so a lower peak costs little.
     """
 
     format: Literal["fp8", "nvfp4"]
     rule: Literal["row", "bound", "static"]
     scale: Tensor | None = None
     keep: bool = False
+    peak: float = FP8_MAX
 
 
 # --- quantise ---------------------------------------------------------------------------------
 
 
-def quantize_fp8(x: Tensor, row_scale: Tensor | None = None) -> Fp8:
-    """`x [..., K]` in FP8; `row_scale [...]` is the row's largest magnitude / 448 unless given."""
+def quantize_fp8(x: Tensor, row_scale: Tensor | None = None, peak: float = FP8_MAX) -> Fp8:
+    """`x [..., K]` in FP8; `row_scale [...]` is the row's largest magnitude / `peak` unless given."""
     x = _wide(x)
     if row_scale is None:
-        row_scale = x.abs().amax(-1) / FP8_MAX
+        row_scale = x.abs().amax(-1) / peak
     row_scale = row_scale.float().clamp_min(TINY).expand(x.shape[:-1])
-    return Fp8(to_e4m3(x / row_scale[..., None]), row_scale)
+    return Fp8(to_e4m3((x / row_scale[..., None]).clamp(-peak, peak)), row_scale)
 
 
 def quantize_nvfp4(x: Tensor, global_scale: Tensor | None = None) -> Nvfp4:
@@ -137,7 +141,7 @@ def quantize(x: Tensor, quant: Quant | None, dtype: torch.dtype, bound: Tensor |
     """
     if quant is None:
         return x.to(dtype)
-    largest = FP8_MAX if quant.format == "fp8" else NVFP4_MAX
+    largest = quant.peak if quant.format == "fp8" else NVFP4_MAX
     scale, norm = None, None
     if quant.rule == "static":
         assert quant.scale is not None, "a static quantisation has a scale"
@@ -147,7 +151,7 @@ def quantize(x: Tensor, quant: Quant | None, dtype: torch.dtype, bound: Tensor |
         scale = (bound / largest).expand(x.shape[:-1])
     else:
         norm = torch.linalg.vector_norm(_wide(x), dim=-1).float()
-    q = quantize_fp8(x, scale) if quant.format == "fp8" else quantize_nvfp4(x, scale)
+    q = quantize_fp8(x, scale, quant.peak) if quant.format == "fp8" else quantize_nvfp4(x, scale)
     return replace(q, row_norm=norm, dense=x.to(dtype) if quant.keep else None)
 
 
