@@ -109,6 +109,36 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
     unrepeatable: tuple[str, ...] = ()
 
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments with which a `Pipeline` repeats the call, all but the pictures.
+
+        Raises:
+            ValueError: tensors were given that the record does not hold.
+        """
+        if self.unrepeatable:
+            raise ValueError(f"the record does not hold the {' and '.join(self.unrepeatable)} that the call was given")
+        arguments = {
+            "prompt": self.prompts,
+            "prompt_2": self.prompts_2,
+            "negative_prompt": self.negative_prompts,
+            "negative_prompt_2": self.negative_prompts_2,
+            "true_cfg_scale": self.true_cfg_scale,
+            "width": self.width,
+            "height": self.height,
+            "num_inference_steps": self.num_inference_steps,
+            "sigmas": self.sigmas,
+            "guidance_scale": self.guidance,
+            "strength": self.strength,
+            "seed": self.seeds,
+            "max_sequence_length": self.max_sequence_length,
+            **self.options,
+        }
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in arguments.items()
+            if value is not None
+        }
+
 
 @dataclass(frozen=True)
 class Part:

@@ -126,6 +126,23 @@ def test_one_image_of_a_batch() -> None:
         make().image(2)
 
 
+def test_arguments_repeat_the_call() -> None:
+    assert make().request.arguments() == {
+        "prompt": list(make().request.prompts),
+        "negative_prompt": ["", "blurry"],
+        "true_cfg_scale": 1.5,
+        "width": 1184,
+        "height": 880,
+        "num_inference_steps": 3,
+        "guidance_scale": [2.5, 2.5, 1e-3],
+        "seed": [7, 2**63 - 1],
+        "max_sequence_length": 512,
+        "padding_mask_crop": 32,
+    }
+    with pytest.raises(ValueError, match="does not hold the latents"):
+        changed_request(unrepeatable=("latents",)).request.arguments()
+
+
 def test_differences_name_what_changed() -> None:
     assert make().differences(make(timings=None, notices=())) == []
     now = make(
