@@ -9,15 +9,15 @@ from __future__ import annotations
 import re
 
 _EMBEDDERS = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
     **{
-        f"{native}_in.{part}": (f"time_text_embed.{theirs}_embedder.{linear}",)
+        f"{native}_in.{part}": f"time_text_embed.{theirs}_embedder.{linear}"
         for native, theirs in (("time", "timestep"), ("guidance", "guidance"), ("vector", "text"))
         for part, linear in (("in_layer", "linear_1"), ("out_layer", "linear_2"))
     },
-    "final_layer.linear": ("proj_out",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
 _DOUBLE = {
     "img_mod.lin": ("norm1.linear",),
@@ -50,7 +50,7 @@ _THEIR_BLOCKS = {
     theirs: (ours, {part: (native, i) for native, parts in table.items() for i, part in enumerate(parts)})
     for ours, (theirs, table) in _BLOCKS.items()
 }
-_THEIR_EMBEDDERS = {part: native for native, (part,) in _EMBEDDERS.items()}
+_THEIR_EMBEDDERS = {part: native for native, part in _EMBEDDERS.items()}
 _BLOCK = re.compile(r"(\w+)\.(\d+)\.(.+)")
 
 SWAPPED = frozenset({"final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias"})
@@ -68,15 +68,12 @@ def to_diffusers(name: str) -> tuple[str, ...]:
         raise KeyError(name)
     leaf = "weight" if leaf == "scale" else leaf
     if module in _EMBEDDERS:
-        parts = _EMBEDDERS[module]
-    elif (match := _BLOCK.fullmatch(module)) and match[1] in _BLOCKS:
-        blocks, table = _BLOCKS[match[1]]
-        if match[3] not in table:
-            raise KeyError(name)
-        parts = tuple(f"{blocks}.{match[2]}.{part}" for part in table[match[3]])
-    else:
+        return (f"{_EMBEDDERS[module]}.{leaf}",)
+    match = _BLOCK.fullmatch(module)
+    if not match or match[1] not in _BLOCKS or match[3] not in _BLOCKS[match[1]][1]:
         raise KeyError(name)
-    return tuple(f"{part}.{leaf}" for part in parts)
+    blocks, table = _BLOCKS[match[1]]
+    return tuple(f"{blocks}.{match[2]}.{part}.{leaf}" for part in table[match[3]])
 
 
 def to_native(name: str) -> tuple[str, int, int]:

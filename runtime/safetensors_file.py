@@ -36,8 +36,15 @@ DTYPE_BITS = {
     "F4": 4,
 }
 _TORCH_NAMES = {
-    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64"},
-    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "BOOL": "bool"},
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "BOOL": "bool",
     **{f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
 }
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library; FLUX.1's own headers are under 0.3 MB
@@ -127,6 +134,11 @@ class SafetensorsFile:
         """sha256 (hex) of the header, the length and a page out of every tensor: milliseconds for any size."""
         status = self.path.stat()
         return _sampled_digest(self.path.resolve(), status.st_size, status.st_mtime_ns)
+
+    def sha256(self) -> str:
+        """sha256 (hex) of every byte of the file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @functools.cached_property
     def _map(self) -> mmap.mmap:
@@ -222,7 +234,7 @@ def save_file(path: str | Path, tensors: Iterable[tuple[str, Tensor]], metadata:
                     raise ValueError(f"two tensors are named {name}")
                 data = tensor.detach().to("cpu").contiguous().reshape(-1)
                 start = file.tell() - _HEADER_ROOM
-                file.write(memoryview(data.view(torch.uint8).numpy()) if data.numel() else b"")
+                file.write(data.view(torch.uint8).numpy().data)
                 offsets = [start, file.tell() - _HEADER_ROOM]
                 header[name] = {"dtype": dtype_code(tensor.dtype), "shape": list(tensor.shape), "data_offsets": offsets}
             _finish(file, header)

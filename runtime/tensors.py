@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     Stored = Tensor | Fp8 | Nvfp4
 
-BLOCK = 16  # inputs that share a block scale in NVFP4
+_BLOCK = 16  # as in kernels.formats, which is not imported for it: that brings PyTorch
 LINEAR_LAYOUT = {"fluxkiln.nvfp4": "low nibble first, linear block scales"}  # header entry of files written here
 _COMPANIONS = (
     *(".weight_scale", ".scale_weight", ".weight_scale_2"),
@@ -86,7 +86,7 @@ class Tensors(Mapping[str, "Tensor"]):
         self._linear = linear_nvfp4 or any(LINEAR_LAYOUT.items() <= file.metadata.items() for file in files)
         self._home: dict[str, SafetensorsFile] = {}
         for file in files:
-            for name in file.keys():
+            for name in file.entries:
                 if name.startswith(prefix) and self._home.setdefault(name[len(prefix) :], file) is not file:
                     raise CheckpointError(f"{file.path} and {self._home[name].path} both hold {name}")
         declared = self._declared_formats()
@@ -106,6 +106,11 @@ class Tensors(Mapping[str, "Tensor"]):
 
     def layout(self, name: str) -> Layout:
         return self._layouts[name]
+
+    def format(self, name: str) -> str:
+        """`fp8`, `e5m2` or `nvfp4`, or, for what is not quantised, safetensors' dtype code in small letters."""
+        format = self._layouts[name].format
+        return self.dtype_code(name).lower() if format == "plain" else format.removesuffix("-comfyui")
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._layouts[name].shape
@@ -128,7 +133,7 @@ class Tensors(Mapping[str, "Tensor"]):
         """
         import torch
 
-        from fluxkiln.kernels.formats import Fp8, Nvfp4
+        from fluxkiln.kernels.formats import Fp8, Nvfp4, unswizzle
 
         layout = self._layouts[name]
         if layout.format == "plain":
@@ -141,11 +146,11 @@ class Tensors(Mapping[str, "Tensor"]):
         assert layout.scale is not None
         data, scale = self._raw(name), self._raw(layout.scale).view(torch.float8_e4m3fn)
         if layout.format == "nvfp4-comfyui":
-            data, scale = data << 4 | data >> 4, unswizzle(scale, rows, columns // BLOCK)
+            data, scale = data << 4 | data >> 4, unswizzle(scale, rows, columns // _BLOCK)
         global_scale = self._raw(f"{layout.scale}_2").float().reshape(-1)
         return Nvfp4(
             data,
-            scale.reshape(rows, columns // BLOCK),
+            scale.reshape(rows, columns // _BLOCK),
             global_scale.reshape(()) if len(global_scale) == 1 else global_scale,
         )
 
@@ -201,25 +206,18 @@ class Tensors(Mapping[str, "Tensor"]):
     def _dequantize_into(self, out: Tensor, name: str, layout: Layout) -> None:
         import torch
 
+        from fluxkiln.kernels.formats import Fp8, dequantize
+
         compute = torch.float64 if out.dtype == torch.float64 else torch.float32
+        if len(layout.shape) != 2:
+            out.copy_(self._raw(name).to(compute))
+            return
+        e5m2 = layout.format == "e5m2"
+        stored: Any = Fp8(self._raw(name), self._row_scale(layout)) if e5m2 else self.stored(name)
         columns = self.pre_quant_scale(name)
-        if layout.format in ("fp8", "e5m2"):
-            data, scale = self._raw(name), self._row_scale(layout).to(compute)
-            if data.ndim != 2:
-                out.copy_(data.to(compute) * (scale if layout.scale else 1))
-                return
-            parts = (data[i : i + _CHUNK_ROWS].to(compute) * scale[i : i + _CHUNK_ROWS, None] for i in _chunks(out))
-        else:
-            stored: Any = self.stored(name)
-            global_scale = stored.global_scale.to(compute).expand(len(stored.data))
-            parts = (
-                nvfp4_values(stored.data[i : i + _CHUNK_ROWS], compute)
-                * stored.block_scale[i : i + _CHUNK_ROWS].to(compute).repeat_interleave(BLOCK, dim=1)
-                * global_scale[i : i + _CHUNK_ROWS, None]
-                for i in _chunks(out)
-            )
-        for i, part in zip(_chunks(out), parts, strict=True):
-            out[i : i + _CHUNK_ROWS].copy_(part if columns is None else part * columns.to(compute))
+        for i in range(0, len(out), _CHUNK_ROWS):
+            values = dequantize(stored[i : i + _CHUNK_ROWS], compute)
+            out[i : i + _CHUNK_ROWS] = values if columns is None else values * columns.to(compute)
 
     def _is_companion(self, name: str) -> bool:
         if name == _SENTINEL:
@@ -229,13 +227,13 @@ class Tensors(Mapping[str, "Tensor"]):
 
     def _declared_formats(self) -> dict[str, str]:
         """Layer -> format, as far as the files say it by name (ComfyUI's two carriers)."""
-        formats = {}
+        formats: dict[str, str] = {}
         for file in self.files:
             try:
                 layers = json.loads(file.metadata.get("_quantization_metadata", "{}")).get("layers", {})
                 layers |= {
                     name.removesuffix(".comfy_quant"): json.loads(file.read(name))
-                    for name in file.keys()
+                    for name in file.entries
                     if name.startswith(self.prefix) and name.endswith(".comfy_quant")
                 }
                 formats.update(
@@ -256,6 +254,8 @@ class Tensors(Mapping[str, "Tensor"]):
         scale = next((key for key in (f"{module}.weight_scale", f"{module}.scale_weight") if key in self._home), None)
         if name == module:
             scale = None
+        if len(shape) != 2 and scale:
+            raise self._refusal(name, f"{code} {list(shape)} with scales")
         if code in ("F8_E4M3", "F8_E5M2") and says != "nvfp4":
             self._check_fp8_scale(name, shape, scale)
             return Layout("fp8" if code == "F8_E4M3" else "e5m2", shape, scale)
@@ -263,6 +263,8 @@ class Tensors(Mapping[str, "Tensor"]):
             return self._nvfp4_layout(name, (shape[0], 2 * shape[1]), str(scale), says)
         if says or scale or (name != module and code not in ("F64", "F32", "F16", "BF16")):
             raise self._refusal(name, f"{code} data{' with scales' if scale else ''}")
+        if name != module and f"{module}.pre_quant_scale" in self._home:
+            raise self._refusal(name, f"{code} data with a pre_quant_scale")
         return Layout("plain", shape)
 
     def _check_fp8_scale(self, name: str, shape: tuple[int, ...], scale: str | None) -> None:
@@ -275,15 +277,15 @@ class Tensors(Mapping[str, "Tensor"]):
             raise self._refusal(name, f"fp8 with scales {list(entry.shape)} for a weight {list(shape)}")
 
     def _nvfp4_layout(self, name: str, shape: tuple[int, int], scale: str, says: str | None) -> Layout:
-        """ComfyUI's layout when it says so; with no word on it, that too, unless the folder or header says otherwise."""
-        rows, blocks = shape[0], shape[1] // BLOCK
+        """ComfyUI's layout where it is declared, and where nothing is: only a header or folder can say linear."""
+        rows, blocks = shape[0], shape[1] // _BLOCK
         swizzled = says == "nvfp4" or not self._linear
         expected = _padded(rows, 128) * _padded(blocks, 4) if swizzled else rows * blocks
         entry = self._home[scale].entries[self.prefix + scale]
         global_scale = self._home[f"{scale}_2"].entries[f"{self.prefix}{scale}_2"]
         if math.prod(global_scale.shape) not in (1, rows):
             raise self._refusal(name, f"nvfp4 with global scales {list(global_scale.shape)}")
-        if shape[1] % BLOCK or entry.dtype not in ("F8_E4M3", "U8") or math.prod(entry.shape) != expected:
+        if shape[1] % _BLOCK or entry.dtype not in ("F8_E4M3", "U8") or math.prod(entry.shape) != expected:
             raise CheckpointError(
                 f"{self._home[name].path}: {scale} is {entry.dtype} {list(entry.shape)}, but NVFP4 with "
                 f"{'swizzled' if swizzled else 'linear'} block scales needs {expected:,} of them in F8_E4M3"
@@ -291,27 +293,9 @@ class Tensors(Mapping[str, "Tensor"]):
         return Layout("nvfp4-comfyui" if swizzled else "nvfp4", shape, scale)
 
     def _refusal(self, name: str, found: str | None) -> CheckpointError:
-        return CheckpointError(f"{self._home[name].path}: {name} is quantised as {found}, which is not read; {_READABLE}")
-
-
-def unswizzle(scale: Tensor, rows: int, columns: int) -> Tensor:
-    """Block scales `[rows, columns]` out of the 128 x 4 tiles in which cuBLAS wants them (any shape, padded)."""
-    tiles = scale.reshape(_padded(rows, 128) // 128, _padded(columns, 4) // 4, 32, 4, 4)
-    return tiles.permute(0, 3, 2, 1, 4).reshape(_padded(rows, 128), -1)[:rows, :columns].contiguous()
-
-
-def nvfp4_values(data: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[..., K/2]` uint8, low nibble first -> `[..., K]` values of e2m1, unscaled."""
-    import torch
-
-    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=dtype, device=data.device)
-    values = torch.cat((magnitudes, -magnitudes))
-    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=-1)
-    return pairs[data.int()].flatten(-2)
-
-
-def _chunks(out: Tensor) -> range:
-    return range(0, out.shape[0], _CHUNK_ROWS)
+        return CheckpointError(
+            f"{self._home[name].path}: {name} is quantised as {found}, which is not read; {_READABLE}"
+        )
 
 
 def _padded(size: int, multiple: int) -> int:

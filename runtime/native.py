@@ -1,0 +1,145 @@
+"""How the tensors of a transformer file make up the native ones: names, shapes, sizes, variant. Reads headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fluxkiln.config import FluxConfig
+from fluxkiln.locate import Located
+from fluxkiln.names import SWAPPED, to_diffusers, to_native
+from fluxkiln.safetensors_file import CheckpointError
+from fluxkiln.tensors import Tensors
+
+_SHOWN = 3  # names of each sort in an error
+_VARIANT_WORDS = ("kontext", "canny", "depth", "fill", "schnell", "krea", "dev")  # `flux1-dev-kontext` is Kontext
+_TITLES = ("modelspec.title", "modelspec.architecture", "title", "name")
+
+
+class Native:
+    """The native view of the transformer in some files.
+
+    Attributes:
+        source: its tensors as they are stored.
+        config: its sizes: of `config.json` if there is one, else read off the shapes.
+        variant: `dev`, `schnell`, `kontext`, `fill`, `canny`, `depth`, `control` or `custom`.
+    """
+
+    def __init__(self, located: Located) -> None:
+        prefix = located.kind.parts["transformer"]
+        self._path = located.path
+        self._diffusers = any(
+            name.startswith(f"{prefix}transformer_blocks.") for file in located.files for name in file.entries
+        )
+        # nobody writes ComfyUI's NVFP4 under diffusers' names
+        linear = located.linear_nvfp4 or self._diffusers
+        self.source = Tensors(located.files, prefix, linear_nvfp4=linear, config=located.config)
+        self._parts: dict[str, dict[int, str]] = {}
+        self._covered: dict[str, int] = {}
+        self._unknown: list[str] = []
+        others = tuple(other for other in located.kind.parts.values() if other != prefix)
+        for name in self.source:
+            if not (others and name.startswith(others)):
+                self._place(name)
+        self.config = self._read_config(located.config)
+        self.variant = _variant(self.config, located)
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The stored tensors whose rows, stacked, are the native tensor `name`."""
+        return tuple(part for _, part in sorted(self._parts[name].items()))
+
+    def swapped(self, name: str) -> bool:
+        """Whether the stored halves stand in the other order."""
+        return self._diffusers and name in SWAPPED
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shapes = [self.source.shape(part) for part in self.parts(name)]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def format(self, name: str) -> str:
+        formats = {self.source.format(part) for part in self.parts(name)}
+        return formats.pop() if len(formats) == 1 else "mixed"
+
+    def check(self, config: FluxConfig) -> None:
+        """Compare with the tensors that a transformer of this configuration has.
+
+        Raises:
+            CheckpointError: some are missing, unexpected or of another shape; it names the first few of each.
+        """
+        expected = config.tensor_shapes()
+        missing = [part for name in expected for part in self._missing(name)]
+        extra = [part for name in self._parts if name not in expected for part in self.parts(name)]
+        misshapen = [
+            f"{' + '.join(f'{part} {list(self.source.shape(part))}' for part in self.parts(name))}, "
+            f"expected {list(shape)}"
+            for name, shape in expected.items()
+            if name in self._parts and not self._missing(name) and not self._fits(name, shape)
+        ]
+        faults = {"missing": missing, "unexpected": self._unknown + extra, "misshapen": misshapen}
+        if any(faults.values()):
+            raise CheckpointError(
+                f"{self._path} does not fit a FLUX.1 transformer of {config.depth} + {config.depth_single_blocks} "
+                "blocks: " + "; ".join(_listed(sort, names) for sort, names in faults.items() if names)
+            )
+
+    def _place(self, name: str) -> None:
+        """Note which rows of which native tensor the stored tensor `name` is."""
+        try:
+            native, first, covered = to_native(name) if self._diffusers else (_spelled(name), 0, 1)
+        except KeyError:
+            self._unknown.append(name)
+            return
+        parts = self._parts.setdefault(native, {})
+        if first in parts:
+            self._unknown.append(name)
+            return
+        parts[first] = name
+        self._covered[native] = self._covered.get(native, 0) + covered
+
+    def _missing(self, name: str) -> tuple[str, ...]:
+        parts = to_diffusers(name) if self._diffusers else (name,)
+        if self._covered.get(name, 0) >= len(parts):
+            return ()
+        return tuple(part for i, part in enumerate(parts) if i not in self._parts.get(name, {}))
+
+    def _fits(self, name: str, shape: tuple[int, ...]) -> bool:
+        columns = {self.source.shape(part)[1:] for part in self.parts(name)}
+        return columns == {shape[1:]} and self.shape(name) == shape
+
+    def _read_config(self, config: Mapping[str, object]) -> FluxConfig:
+        try:
+            if config.get("_class_name") == "FluxTransformer2DModel":
+                return FluxConfig.from_diffusers(config)
+            return FluxConfig.from_shapes({name: self.shape(name) for name in self._parts})
+        except (ValueError, TypeError, ZeroDivisionError, IndexError) as error:
+            raise CheckpointError(f"{self._path} does not fit a FLUX.1 transformer: {error}") from None
+
+
+def _spelled(name: str) -> str:
+    """ComfyUI's newer files call the norm weights `weight`, the original release `scale`."""
+    return f"{name.removesuffix('.weight')}.scale" if name.endswith("_norm.weight") else name
+
+
+def _listed(sort: str, names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return f"{len(names)} {sort} ({shown}{', ...' if len(names) > _SHOWN else ''})"
+
+
+def _variant(config: FluxConfig, located: Located) -> str:
+    """What the sizes tell, and, where variants share their sizes, what the model is called.
+
+    Names are asked in this order, and the first that says anything counts: the class of the pipeline, titles in the
+    header, the file's name, its folders', the hub repository's.
+    """
+    folder = located.path.absolute()
+    names = [] if located.path.is_dir() else [folder.stem]
+    folder = folder if located.path.is_dir() else folder.parent
+    names += [folder.name, folder.parent.name]
+    names += [part for part in folder.parts if part.startswith("models--")]
+    titles = [file.metadata.get(key, "") for file in located.files for key in _TITLES]
+    texts = (located.pipeline, *titles, *names)
+    named = next((word for text in texts for word in _VARIANT_WORDS if word in text.lower()), "")
+    if config.variant == "dev" and named == "kontext":
+        return "kontext"
+    if config.variant == "control" and named in ("canny", "depth"):
+        return named
+    return config.variant
