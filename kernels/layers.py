@@ -41,6 +41,7 @@ class Linear:
         low_rank: what is added to the product, for example to make up for the weight's quantisation.
         accumulate: how products are summed: `f32`; `promote128`, tensor-core sums of 128 products, which may be
             narrower than fp32, added up in fp32; `f16`, fp16 sums of 128 products, added up in fp32.
+        name: the layer's native name, for plans, recipes and exported graphs.
     """
 
     weight: Weight
@@ -48,6 +49,7 @@ class Linear:
     input: Quant | None = None
     low_rank: LowRank | None = None
     accumulate: Literal["f32", "promote128", "f16"] = "f32"
+    name: str = ""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -53,7 +53,7 @@ class Transformer:
 
     def __init__(self, config: FluxConfig, tensors: Mapping[str, Tensor], ops: Ops = EAGER) -> None:
         def linear(name: str) -> Linear:
-            return Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+            return Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"], name=name)
 
         def qk_norm(name: str) -> QKNorm:
             return QKNorm(tensors[f"{name}.query_norm.scale"], tensors[f"{name}.key_norm.scale"])
