@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from fluxkiln.config import FluxConfig
-from fluxkiln.foreign import Part
 from fluxkiln.kernels.formats import Fp8, Nvfp4, Weight
 from fluxkiln.locate import Located, locate
 from fluxkiln.names import SWAPPED, to_diffusers
@@ -175,17 +174,17 @@ def open_vae(path: str | Path, dtype: torch.dtype | None = None) -> Tensors:
     Raises:
         CheckpointError, FileNotFoundError: as `open_checkpoint`.
     """
-    return _open_part(path, "vae", dtype)
+    return locate(path, "vae").tensors("vae", dtype)
 
 
 def open_clip(path: str | Path, dtype: torch.dtype | None = None) -> Tensors:
     """The tensors of a CLIP text encoder, in transformers' names without `text_model.`; otherwise as `open_vae`."""
-    return _open_part(path, "clip", dtype)
+    return locate(path, "clip").tensors("clip", dtype)
 
 
 def open_t5(path: str | Path, dtype: torch.dtype | None = None) -> Tensors:
     """The tensors of a T5 text encoder, in transformers' names; otherwise as `open_vae`."""
-    return _open_part(path, "t5", dtype)
+    return locate(path, "t5").tensors("t5", dtype)
 
 
 def save_checkpoint(
@@ -213,12 +212,6 @@ def save_checkpoint(
         entry for name, weight in tensors for part, rows in rename(name, weight) for entry in _entries(part, rows)
     )
     save_file(path, stored, {"format": "pt", **LINEAR_LAYOUT, **(metadata or {})})
-
-
-def _open_part(path: str | Path, part: Part, dtype: torch.dtype | None) -> Tensors:
-    located = locate(path, part)
-    prefix = located.kind.parts[part]
-    return Tensors(located.files, prefix, dtype=dtype, linear_nvfp4=located.linear_nvfp4, config=located.config)
 
 
 def _entries(name: str, weight: Weight) -> Iterator[tuple[str, Tensor]]:

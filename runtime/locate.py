@@ -7,13 +7,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluxkiln.foreign import FOLDERS, PARTS, Kind, Part, identify, refuse_format
 from fluxkiln.safetensors_file import CheckpointError, SafetensorsFile
+from fluxkiln.tensors import Tensors
+
+if TYPE_CHECKING:
+    import torch
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call the weights of a folder
+_CONFIGS: dict[Part, tuple[str, tuple[str, ...]]] = {  # how a `config.json` says which part it describes
+    "transformer": ("_class_name", ("FluxTransformer2DModel",)),
+    "vae": ("_class_name", ("AutoencoderKL",)),
+    "clip": ("model_type", ("clip_text_model", "clip")),
+    "t5": ("model_type", ("t5",)),
+}
 _ENDINGS = (".safetensors", ".sft")
 
 
@@ -25,7 +35,7 @@ class Located:
         path: what was asked for.
         files: where its tensors are.
         kind: what they are.
-        config: the `config.json` beside them; {} when there is none.
+        config: the `config.json` beside them; {} when there is none, or it is another part's.
         pipeline: `_class_name` of the `model_index.json` it belongs to, "" when there is none.
         linear_nvfp4: the folder says that its quantisation is ModelOpt's.
     """
@@ -36,6 +46,18 @@ class Located:
     config: Mapping[str, Any] = field(default_factory=dict)
     pipeline: str = ""
     linear_nvfp4: bool = False
+
+    def tensors(self, part: Part, dtype: torch.dtype | None = None, linear_nvfp4: bool = False) -> Tensors:
+        """The tensors of one of the parts; `dtype` and `linear_nvfp4` as `Tensors` has them."""
+        prefix = self.kind.parts[part]
+        return Tensors(
+            self.files,
+            prefix,
+            exclude=tuple(p for p in self.kind.parts.values() if p != prefix and p.startswith(prefix)),
+            dtype=dtype,
+            linear_nvfp4=linear_nvfp4 or self.linear_nvfp4,
+            config=self.config,
+        )
 
 
 def locate(path: str | Path, part: Part) -> Located:
@@ -63,6 +85,8 @@ def locate(path: str | Path, part: Part) -> Located:
     metadata = {key: text for file in files for key, text in file.metadata.items()}
     kind = identify((name for file in files for name in file.entries), metadata)
     config = _read_json(folder / "config.json")
+    key, accepted = _CONFIGS[part]
+    config = config if config.get(key) in accepted else {}
     quantisation = config.get("quantization_config") or {}
     if part not in kind.parts:
         raise kind.refusal(path, part)

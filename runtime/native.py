@@ -8,7 +8,6 @@ from fluxkiln.config import FluxConfig
 from fluxkiln.locate import Located
 from fluxkiln.names import SWAPPED, to_diffusers, to_native
 from fluxkiln.safetensors_file import CheckpointError
-from fluxkiln.tensors import Tensors
 
 _SHOWN = 3  # names of each sort in an error
 _VARIANT_WORDS = ("kontext", "canny", "depth", "fill", "schnell", "krea", "dev")  # `flux1-dev-kontext` is Kontext
@@ -31,15 +30,12 @@ class Native:
             name.startswith(f"{prefix}transformer_blocks.") for file in located.files for name in file.entries
         )
         # nobody writes ComfyUI's NVFP4 under diffusers' names
-        linear = located.linear_nvfp4 or self._diffusers
-        self.source = Tensors(located.files, prefix, linear_nvfp4=linear, config=located.config)
+        self.source = located.tensors("transformer", linear_nvfp4=self._diffusers)
         self._parts: dict[str, dict[int, str]] = {}
         self._covered: dict[str, int] = {}
         self._unknown: list[str] = []
-        others = tuple(other for other in located.kind.parts.values() if other != prefix)
         for name in self.source:
-            if not (others and name.startswith(others)):
-                self._place(name)
+            self._place(name)
         self.config = self._read_config(located.config)
         self.variant = _variant(self.config, located)
 
@@ -107,7 +103,7 @@ class Native:
 
     def _read_config(self, config: Mapping[str, object]) -> FluxConfig:
         try:
-            if config.get("_class_name") == "FluxTransformer2DModel":
+            if config:
                 return FluxConfig.from_diffusers(config)
             return FluxConfig.from_shapes({name: self.shape(name) for name in self._parts})
         except (ValueError, TypeError, ZeroDivisionError, IndexError) as error:

@@ -64,6 +64,7 @@ class Tensors(Mapping[str, "Tensor"]):
     Args:
         files: where the tensors are; together they form one model.
         prefix: only names that begin with it count, and are given without it.
+        exclude: prefixes of names that belong to other parts.
         dtype: of every tensor; None keeps the stored one (bf16 for quantised weights).
         linear_nvfp4: NVFP4 weights are in ModelOpt's layout, not ComfyUI's (the header may say so as well).
         config: the `config.json` that belongs to them, {} when there is none.
@@ -77,6 +78,7 @@ class Tensors(Mapping[str, "Tensor"]):
         files: Sequence[SafetensorsFile],
         prefix: str = "",
         *,
+        exclude: tuple[str, ...] = (),
         dtype: torch.dtype | None = None,
         linear_nvfp4: bool = False,
         config: Mapping[str, Any] | None = None,
@@ -87,7 +89,9 @@ class Tensors(Mapping[str, "Tensor"]):
         self._home: dict[str, SafetensorsFile] = {}
         for file in files:
             for name in file.entries:
-                if name.startswith(prefix) and self._home.setdefault(name[len(prefix) :], file) is not file:
+                if not name.startswith(prefix) or (exclude and name.startswith(exclude)):
+                    continue
+                if self._home.setdefault(name[len(prefix) :], file) is not file:
                     raise CheckpointError(f"{file.path} and {self._home[name].path} both hold {name}")
         declared = self._declared_formats()
         self._layouts = {name: self._layout(name, declared) for name in self._home if not self._is_companion(name)}
