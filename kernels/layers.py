@@ -42,6 +42,7 @@ class Linear:
         accumulate: how products are summed: `f32`; `promote128`, tensor-core sums of 128 products, which may be
             narrower than fp32, added up in fp32; `f16`, fp16 sums of 128 products, added up in fp32.
         name: the layer's native name, for plans, recipes and exported graphs.
+        start: which of that layer's outputs is the first one here.
     """
 
     weight: Weight
@@ -50,6 +51,7 @@ class Linear:
     low_rank: LowRank | None = None
     accumulate: Literal["f32", "promote128", "f16"] = "f32"
     name: str = ""
+    start: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,7 +116,8 @@ class QKNorm:
 
 def rows(linear: Linear, part: slice) -> Linear:
     """The linear of some of the outputs: a view, nothing is copied."""
-    return replace(linear, weight=linear.weight[part], bias=linear.bias[part])
+    start = linear.start + range(linear.bias.shape[0])[part].start
+    return replace(linear, weight=linear.weight[part], bias=linear.bias[part], start=start)
 
 
 def by_stream(run: Callable[..., Tensor], x: Tensor, split: int, *streams: Sequence) -> Tensor:

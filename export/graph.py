@@ -1,0 +1,494 @@
+"""The transformer's `step` as an ONNX graph: the same code as eager, run with operations that write nodes.
+
+    graph = trace(model)          # `model`: a Transformer whose weights may live on the meta device
+    graph.proto                   # ONNX, opset 23; large weights are named, not held
+    graph.parameters              # name -> where its bytes come from
+
+A joint stream stays apart as text and image until the single blocks. Quantised layers are written in unit scale:
+activations are divided by their row's scale before a Q/DQ pair of scale 1, weights are codes under a DQ of scale 1,
+and both scales multiply the product afterwards. So every scale rule of `fluxkiln.kernels.formats` can be followed by
+an engine builder that takes constant scales only, and FP8 and NVFP4 products stay FP8 and NVFP4 products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto
+from onnx import helper as make
+from torch import Tensor
+
+from fluxkiln.config import FluxConfig
+from fluxkiln.kernels import Ops
+from fluxkiln.kernels.formats import BLOCK, FP8_MAX, NVFP4_MAX, TINY, Fp8, Quant
+from fluxkiln.kernels.layers import EPS, Linear, QKNorm, Streams, rows
+from fluxkiln.transformer import Transformer
+
+OPSET = 23  # the first with Attention and FLOAT4E2M1
+FP4_DOMAIN = "trt"  # of TRT_FP4DynamicQuantize: ONNX has no dynamic quantisation to blocks
+
+ELEMENT = {
+    torch.float32: TensorProto.FLOAT,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN,
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An initializer that the graph names and does not hold.
+
+    Attributes:
+        layer: native name of the layer (or of the block's norm) it belongs to.
+        role: which of its tensors: `weight`, `block_scale`, `scale` (of rows), `bias`, `gain` and `offset` (of its
+            output bound), `down`, `up`, `query`, `key`.
+        outputs: which of the layer's outputs, [first, after the last).
+        inputs: which of its inputs, where a weight is multiplied in two parts; None: all.
+        element: ONNX element type; shape: its dimensions.
+    """
+
+    layer: str
+    role: str
+    outputs: tuple[int, int]
+    inputs: tuple[int, int] | None
+    element: int
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        inputs = "" if self.inputs is None else f".inputs{self.inputs[0]}"
+        return f"{self.layer}.outputs{self.outputs[0]}{inputs}.{self.role}"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the graph."""
+
+    graph: Graph
+    name: str
+
+    @property
+    def shape(self) -> tuple[Any, Any]:
+        """Only the length (axis 1) is ever asked for: as a tensor of one int64."""
+        return (None, self.graph.op("Shape", self, start=1, end=2))
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """An activation for a quantised product: unit-scale codes, behind Q/DQ, and what they are multiplied with."""
+
+    codes: Value  # [B, L, K]
+    scale: Value  # fp32, [B, L, 1] or [B, 1, 1]
+    norm: Value  # fp32 [B, L, 1], the rows' L2 norms; written when something reads it
+    dense: Value  # before quantisation
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A joint sequence, kept apart as (text, image) as long as nothing needs it whole."""
+
+    parts: tuple[Any, ...]
+
+    @property
+    def whole(self) -> Any:
+        return self.parts[0] if len(self.parts) == 1 else self.parts[0].graph.concat(self.parts, axis=1)
+
+    def __getitem__(self, index: tuple[slice, slice]) -> Joint:
+        """`[:, split:]`: the image rows."""
+        return Joint((self.streams(2, index[1].start)[1],))
+
+    def streams(self, count: int, split: Value) -> tuple[Any, ...]:
+        """The sequence as one part, or as text and image."""
+        if count == 1:
+            return (self.whole,)
+        if len(self.parts) == 2:
+            return self.parts
+        (x,) = self.parts
+        return (cut(x, None, split), cut(x, split, None))
+
+
+def cut(x: Value, start: Value | None, end: Value | None) -> Value:
+    """`x[:, start:end]`."""
+    graph = x.graph
+    start, end = start or graph.integers([0]), end or graph.integers([np.iinfo(np.int64).max])
+    return graph.op("Slice", x, start, end, graph.integers([1]))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the modulation tensor `[B, M, D]`, indexed as a tensor of torch would be."""
+
+    source: Value
+    index: np.ndarray
+
+    def __getitem__(self, key: tuple[Any, ...]) -> Rows:
+        return Rows(self.source, self.index[key[1:]])
+
+    def unflatten(self, dim: int, sizes: tuple[int, ...]) -> Rows:
+        return Rows(self.source, self.index.reshape(*self.index.shape[: dim - 1], *sizes, *self.index.shape[dim:]))
+
+    def unbind(self, dim: int) -> tuple[Rows, ...]:
+        return tuple(Rows(self.source, rows) for rows in np.moveaxis(self.index, dim - 1, 0))
+
+    def streams(self) -> list[Value]:
+        """One `[B, 1, D]` for each stream."""
+        graph = self.source.graph
+        bounds = [(graph.integers([row]), graph.integers([row + 1])) for row in self.index]
+        return [graph.op("Slice", self.source, start, end, graph.integers([1])) for start, end in bounds]
+
+
+@dataclass
+class Graph:
+    """ONNX nodes in the order they were written, and the constants and parameters they read."""
+
+    high: torch.dtype  # of everything that is not quantised
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: dict[bytes, onnx.TensorProto] = field(default_factory=dict)  # by content
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+
+    def op(self, kind: str, *inputs: Value | None, domain: str = "", count: int = 1, **attributes: Any) -> Any:
+        outputs = [f"{kind}_{len(self.nodes)}" + (f"_{i}" if count > 1 else "") for i in range(count)]
+        names = [value.name if value else "" for value in inputs]
+        self.nodes.append(
+            make.make_node(kind, names, outputs, f"{kind}_{len(self.nodes)}", domain=domain, **attributes)
+        )
+        values = tuple(Value(self, name) for name in outputs)
+        return values if count > 1 else values[0]
+
+    def constant(self, value: Any, dtype: torch.dtype | None = None) -> Value:
+        tensor = torch.as_tensor(value, dtype=dtype or self.high)
+        return self._constant(make_tensor(tensor))
+
+    def integers(self, values: Sequence[int]) -> Value:
+        return self._constant(onnx.numpy_helper.from_array(np.asarray(values, np.int64)))
+
+    def parameter(self, parameter: Parameter) -> Value:
+        assert self.parameters.setdefault(parameter.name, parameter) == parameter, parameter.name
+        return Value(self, parameter.name)
+
+    def cast(self, x: Value, dtype: torch.dtype) -> Value:
+        return self.op("Cast", x, to=ELEMENT[dtype])
+
+    def concat(self, xs: Sequence[Value], axis: int) -> Value:
+        return self.op("Concat", *xs, axis=axis)
+
+    def reshape(self, x: Value, shape: Sequence[int]) -> Value:
+        """0 keeps a dimension, -1 takes what remains."""
+        return self.op("Reshape", x, self.integers(shape))
+
+    def _constant(self, tensor: onnx.TensorProto) -> Value:
+        content = tensor.SerializeToString()
+        if content not in self.constants:
+            tensor.name = f"constant_{len(self.constants)}"
+            self.constants[content] = tensor
+        return Value(self, self.constants[content].name)
+
+
+def make_tensor(tensor: Tensor, name: str = "") -> onnx.TensorProto:
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return make.make_tensor(name, ELEMENT[tensor.dtype], tuple(tensor.shape), data, raw=True)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A packed layer: for each stream the linears that are written, q, k and v each on its own.
+
+    One projection to q, k and v that is cut in three afterwards is silently built in bf16 by TensorRT.
+    """
+
+    streams: tuple[tuple[Linear, ...], ...]
+    norms: tuple[QKNorm, ...] = ()
+
+    @property
+    def input(self) -> Quant | None:
+        return self.streams[0][0].input
+
+
+class OnnxOps:
+    """`fluxkiln.kernels.Ops` that write what they are asked to compute."""
+
+    def __init__(self, graph: Graph, config: FluxConfig) -> None:
+        self.graph, self.config, self.high = graph, config, graph.high
+
+    def ops(self) -> Ops:
+        return Ops(
+            pack=lambda streams: Layer(tuple((linear,) for linear in streams)),
+            pack_qkv=self.pack_qkv,
+            norm_modulate=self.norm_modulate,
+            qkv_rope=self.qkv_rope,
+            attention=self.attention,
+            linear_gelu=self.linear_gelu,
+            linear_gate_residual=self.linear_gate_residual,
+            linear=self.linear,
+        )
+
+    def pack_qkv(self, streams: Streams, norms: tuple[QKNorm, ...]) -> Layer:
+        def thirds(linear: Linear) -> tuple[Linear, ...]:
+            width = linear.weight.shape[0] // 3
+            return tuple(rows(linear, slice(i * width, (i + 1) * width)) for i in range(3))
+
+        return Layer(tuple(thirds(linear) for linear in streams), norms)
+
+    # --- operations ---------------------------------------------------------------------------
+
+    def norm_modulate(self, x: Joint, shift: Rows, scale: Rows, split: Any, out: Quant | None = None) -> Joint:
+        graph, ys = self.graph, []
+        shifts, scales = shift.streams(), scale.streams()
+        for x_s, shift_s, scale_s in zip(x.streams(len(shifts), split), shifts, scales, strict=True):
+            weight = graph.constant(torch.ones(self.config.hidden_size))
+            norm = graph.op("LayerNormalization", x_s, weight, axis=-1, epsilon=EPS)
+            y = graph.op("Mul", norm, graph.op("Add", scale_s, graph.constant(1.0)))
+            ys.append(self.emit(graph.op("Add", y, shift_s), out))
+        return Joint(tuple(ys))
+
+    def qkv_rope(self, x: Joint, layer: Layer, rope: Rope, split: Any) -> tuple[Value, Value, Value]:
+        graph, streams = self.graph, []
+        for x_s, linears, norm in zip(x.streams(len(layer.streams), split), layer.streams, layer.norms, strict=True):
+            q, k, v = (
+                graph.reshape(self.product((x_s,), linear), (0, 0, -1, self.config.head_dim)) for linear in linears
+            )
+            name = linears[0].name
+            streams.append((self.rms_norm(q, norm.query, name, "query"), self.rms_norm(k, norm.key, name, "key"), v))
+        q, k, v = (Joint(parts).whole for parts in zip(*streams, strict=True))
+        return self.rotate(q, rope), self.rotate(k, rope), v
+
+    def attention(self, q: Value, k: Value, v: Value, out: Quant | None = None) -> Joint:
+        graph = self.graph
+        heads = [graph.op("Transpose", x, perm=[0, 2, 1, 3]) for x in (q, k, v)]
+        o = graph.op("Transpose", graph.op("Attention", *heads), perm=[0, 2, 1, 3])
+        bound = None
+        if out is not None and out.rule == "bound":
+            bound = graph.op("ReduceMax", graph.op("Abs", v), graph.integers([1, 2, 3]), keepdims=0)
+            bound = graph.reshape(graph.cast(bound, torch.float32), (-1, 1, 1))
+        return Joint((self.emit(graph.reshape(o, (0, 0, -1)), out, bound),))
+
+    def linear_gelu(self, x: Joint, layer: Layer, split: Any, out: Quant | None = None) -> Joint:
+        ys = []
+        for x_s, (linear,) in zip(self.streams(x, layer, split), layer.streams, strict=True):
+            y = self.graph.op("Gelu", self.product((x_s,), linear), approximate="tanh")
+            ys.append(self.emit(y, out, self.bound(x_s, linear) if out and out.rule == "bound" else None))
+        return Joint(tuple(ys))
+
+    def linear_gate_residual(self, xs: Sequence[Joint], layer: Layer, gate: Rows, residual: Joint, split: Any) -> Joint:
+        graph, ys = self.graph, []
+        inputs = zip(*(self.streams(x, layer, split) for x in xs), strict=True)
+        rest = residual.streams(len(layer.streams), split)
+        for x_s, residual_s, gate_s, (linear,) in zip(inputs, rest, gate.streams(), layer.streams, strict=True):
+            ys.append(graph.op("Add", residual_s, graph.op("Mul", gate_s, self.product(x_s, linear))))
+        return Joint(tuple(ys))
+
+    def linear(self, xs: Sequence[Value | Joint], layer: Layer) -> Joint:
+        values = [x.whole if isinstance(x, Joint) else x for x in xs]
+        return Joint(tuple(self.product((x,), linear) for x, (linear,) in zip(values, layer.streams, strict=True)))
+
+    # --- their parts --------------------------------------------------------------------------
+
+    def streams(self, x: Joint, layer: Layer, split: Any) -> tuple[Any, ...]:
+        """As `Joint.streams`; of a quantised sequence, codes and row scales are cut, a scale per image is not."""
+        count = len(layer.streams)
+        (first, *more) = x.parts
+        if count == 1 or more or isinstance(first, Value):
+            return x.streams(count, split)
+        codes, dense = Joint((first.codes,)).streams(2, split), Joint((first.dense,)).streams(2, split)
+        return tuple(Quantised(c, first.scale, first.norm, d) for c, d in zip(codes, dense, strict=True))
+
+    def emit(self, y: Value, quant: Quant | None, bound: Value | None = None) -> Value | Quantised:
+        """`y [B, L, K]` as its reader wants it: the rules of `formats.quantize`, in unit scale."""
+        if quant is None:
+            return y
+        graph = self.graph
+        wide = graph.cast(y, torch.float32)
+        largest = FP8_MAX if quant.format == "fp8" else NVFP4_MAX
+        if quant.rule == "static":
+            assert quant.scale is not None, "a static quantisation has a scale"
+            scale = graph.constant(quant.scale.reshape(1, 1, 1), torch.float32)
+        else:
+            if bound is None:
+                bound = graph.op("ReduceMax", graph.op("Abs", wide), graph.integers([-1]), keepdims=1)
+            scale = graph.op("Div", bound, graph.constant(largest, torch.float32))
+            scale = graph.op("Max", scale, graph.constant(TINY, torch.float32))
+        unit = graph.cast(graph.op("Div", wide, scale), self.high)
+        norm = graph.op("ReduceL2", wide, graph.integers([-1]), keepdims=1) if quant.rule == "row" else scale
+        return Quantised(self.round_trip(unit, quant.format), scale, norm, y)
+
+    def round_trip(self, x: Value, format: str) -> Value:
+        """Q/DQ in unit scale: what tells the engine builder that the product behind it is FP8's or NVFP4's."""
+        graph, one = self.graph, self.graph.constant(1.0, torch.float32)
+        if format == "fp8":
+            zero = graph.constant(0.0, torch.float8_e4m3fn)
+            return graph.op("DequantizeLinear", graph.op("QuantizeLinear", x, one, zero), one, zero, **self.to_high)
+        options = {"axis": -1, "block_size": BLOCK, "scale_type": TensorProto.FLOAT8E4M3FN}
+        data, scale = graph.op("TRT_FP4DynamicQuantize", x, one, domain=FP4_DOMAIN, count=2, **options)
+        return self.dequantise_blocks(data, scale)
+
+    def dequantise_blocks(self, data: Value, block_scale: Value) -> Value:
+        graph = self.graph
+        scale = graph.op("DequantizeLinear", block_scale, graph.constant(1.0, torch.float32), **self.to_high)
+        return graph.op("DequantizeLinear", data, scale, axis=-1, block_size=BLOCK)
+
+    @property
+    def to_high(self) -> dict[str, int]:
+        return {} if self.high == torch.float32 else {"output_dtype": ELEMENT[self.high]}
+
+    def product(self, xs: Sequence[Value | Quantised], linear: Linear) -> Value:
+        """`cat(xs) Wᵀ + b`, in the graph's dtype."""
+        graph = self.graph
+        bias = self.parameter(linear, "bias", linear.bias)
+        if isinstance(linear.weight, Tensor):
+            x = xs[0] if len(xs) == 1 else graph.concat(xs, axis=-1)
+            return graph.op("Add", self.multiply(x, self.weight(linear)), bias)
+        total = None
+        for x, inputs in zip(xs, self.columns(linear, len(xs)), strict=True):
+            y = graph.cast(self.multiply(x.codes, self.weight(linear, inputs)), torch.float32)
+            y = graph.op("Mul", y, x.scale)
+            total = y if total is None else graph.op("Add", total, y)
+        scale = self.parameter(linear, "scale", torch.empty(linear.weight.shape[0], device="meta"))
+        y = graph.op("Add", graph.op("Mul", total, scale), graph.cast(bias, torch.float32))
+        if linear.low_rank is not None:
+            x = xs[0].dense if len(xs) == 1 else graph.concat([x.dense for x in xs], axis=-1)
+            side = self.multiply(x, self.parameter(linear, "down", linear.low_rank.down))
+            side = self.multiply(side, self.parameter(linear, "up", linear.low_rank.up))
+            y = graph.op("Add", y, graph.cast(side, torch.float32))
+        return graph.cast(y, self.high)
+
+    def bound(self, x: Quantised, linear: Linear) -> Value:
+        """An upper bound of the magnitudes in each row of the product, fp32 `[B, L, 1]`: `Linear.bound`."""
+        gain, offset = (self.parameter(linear, role, torch.empty((), device="meta")) for role in ("gain", "offset"))
+        return self.graph.op("Add", self.graph.op("Mul", x.norm, gain), offset)
+
+    def columns(self, linear: Linear, count: int) -> tuple[tuple[int, int] | None, ...]:
+        """Which inputs of a layer each of its activations is: attention's width comes first, then the MLP's."""
+        width = self.config.hidden_size
+        return (None,) if count == 1 else ((0, width), (width, linear.weight.shape[1]))
+
+    def multiply(self, x: Value, weight: Value) -> Value:
+        """`x Wᵀ` of a weight in its native layout `[N, K]`, so that its bytes are the checkpoint's."""
+        return self.graph.op("MatMul", x, self.graph.op("Transpose", weight, perm=[1, 0]))
+
+    def weight(self, linear: Linear, inputs: tuple[int, int] | None = None) -> Value:
+        """The weight, or the codes of a quantised weight behind a DQ of scale 1, `[N, K]`."""
+        graph, weight = self.graph, linear.weight
+        if isinstance(weight, Tensor):
+            return self.parameter(linear, "weight", weight)
+        outputs, width = weight.shape[0], weight.shape[1] if inputs is None else inputs[1] - inputs[0]
+        if isinstance(weight, Fp8):
+            data = self.named(linear, "weight", TensorProto.FLOAT8E4M3FN, (outputs, width), inputs)
+            one, zero = graph.constant(1.0, torch.float32), graph.constant(0.0, torch.float8_e4m3fn)
+            return graph.op("DequantizeLinear", data, one, zero, **self.to_high)
+        data = self.named(linear, "weight", TensorProto.FLOAT4E2M1, (outputs, width), inputs)
+        scale = self.named(linear, "block_scale", TensorProto.FLOAT8E4M3FN, (outputs, width // BLOCK), inputs)
+        return self.dequantise_blocks(data, scale)
+
+    def parameter(self, linear: Linear, role: str, like: Tensor, inputs: tuple[int, int] | None = None) -> Value:
+        return self.named(linear, role, ELEMENT[like.dtype], tuple(like.shape), inputs)
+
+    def named(
+        self, linear: Linear, role: str, element: int, shape: tuple[int, ...], inputs: tuple[int, int] | None = None
+    ) -> Value:
+        outputs = (linear.start, linear.start + linear.bias.shape[0])
+        return self.graph.parameter(Parameter(linear.name, role, outputs, inputs, element, shape))
+
+    def rms_norm(self, x: Value, weight: Tensor, layer: str, role: str) -> Value:
+        """fp32 `[B, L, H, d]`; the weight is multiplied before anything is rounded, as torch's own does."""
+        graph = self.graph
+        wide = graph.cast(x, torch.float32)
+        square = graph.op("ReduceMean", graph.op("Mul", wide, wide), graph.integers([-1]), keepdims=1)
+        root = graph.op("Sqrt", graph.op("Add", square, graph.constant(EPS, torch.float32)))
+        scale = graph.parameter(Parameter(layer, role, (0, len(weight)), None, ELEMENT[self.high], tuple(weight.shape)))
+        return graph.op("Mul", graph.op("Div", wide, root), graph.cast(scale, torch.float32))
+
+    def rotate(self, x: Value, rope: Rope) -> Value:
+        """`[B, L, H, d]` of the graph's dtype: channel pairs (2i, 2i+1) rotated in fp32."""
+        graph = self.graph
+        pairs = graph.reshape(x, (0, 0, 0, -1, 2))
+        a, b = graph.op("Split", pairs, axis=-1, count=2, num_outputs=2)
+        even = graph.op("Sub", graph.op("Mul", rope.cos, a), graph.op("Mul", rope.sin, b))
+        odd = graph.op("Add", graph.op("Mul", rope.sin, a), graph.op("Mul", rope.cos, b))
+        return graph.cast(graph.reshape(graph.concat((even, odd), axis=-1), (0, 0, 0, -1)), self.high)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """fp32 `[1, L, 1, d/2, 1]` each."""
+
+    cos: Value
+    sin: Value
+
+
+def rope_of(graph: Graph, config: FluxConfig, txt_ids: Value, img_ids: Value) -> Rope:
+    """Angles of the positions `[L_txt, 3]` and `[L_img, 3]`, fp32."""
+    ids = graph.concat((txt_ids, img_ids), axis=0)
+    angles = []
+    for axis, dim in enumerate(config.axes_dim):
+        omega = config.theta ** (-torch.arange(0, dim, 2).double() / dim)
+        position = graph.op("Gather", ids, graph.integers([axis]), axis=1)  # [L, 1]
+        # A product for each axis, not one matrix product over the three: that one may run in TF32.
+        angles.append(graph.op("Mul", position, graph.constant(omega[None], torch.float32)))
+    angle = graph.reshape(graph.concat(angles, axis=1), (1, -1, 1, config.head_dim // 2, 1))
+    return Rope(graph.op("Cos", angle), graph.op("Sin", angle))
+
+
+# --- the graph --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The graph, in which every parameter is an initializer whose data is elsewhere, and what each parameter is."""
+
+    proto: onnx.ModelProto
+    parameters: dict[str, Parameter]
+
+
+def trace(config: FluxConfig, tensors: Mapping[str, Any], high: torch.dtype = torch.bfloat16) -> Traced:
+    """The transformer's `step` in ONNX; batch, image tokens and text tokens are dynamic.
+
+        hidden_states [B, img, C_in], encoder_hidden_states [B, txt, D_ctx], modulation [B, M, D],
+        img_ids fp32 [img, 3], txt_ids fp32 [txt, 3]  ->  latent [B, img, C_out]
+
+    Args:
+        config: the sizes.
+        tensors: as for `Transformer`; only shapes, dtypes and formats are looked at, so the meta device will do.
+        high: fp32 or bf16, of everything that is not quantised.
+    """
+    graph = Graph(high)
+    model = Transformer(config, tensors, OnnxOps(graph, config).ops())
+    rows = sum(linear.bias.shape[0] for linear in model.modulations) // config.hidden_size
+    inputs = {
+        "hidden_states": (high, ("batch", "img", config.in_channels)),
+        "encoder_hidden_states": (high, ("batch", "txt", config.context_in_dim)),
+        "modulation": (high, ("batch", rows, config.hidden_size)),
+        "img_ids": (torch.float32, ("img", 3)),
+        "txt_ids": (torch.float32, ("txt", 3)),
+    }
+    values = {name: Value(graph, name) for name in inputs}
+    rope = rope_of(graph, config, values["txt_ids"], values["img_ids"])
+    modulation = Rows(values["modulation"], np.arange(rows))
+    latent = model.step(values["hidden_states"], values["encoder_hidden_states"], modulation, rope).whole  # type: ignore
+    graph.nodes.append(make.make_node("Identity", [latent.name], ["latent"], "latent"))
+
+    domains = {"": OPSET} | ({FP4_DOMAIN: 1} if any(node.domain == FP4_DOMAIN for node in graph.nodes) else {})
+    proto = make.make_model(
+        make.make_graph(
+            graph.nodes,
+            "flux_step",
+            [make.make_tensor_value_info(name, ELEMENT[dtype], shape) for name, (dtype, shape) in inputs.items()],
+            [make.make_tensor_value_info("latent", ELEMENT[high], ("batch", "img", config.out_channels))],
+            [*graph.constants.values(), *(elsewhere(p) for p in graph.parameters.values())],
+        ),
+        opset_imports=[make.make_opsetid(domain, version) for domain, version in domains.items()],
+        producer_name="fluxkiln",
+        ir_version=11,  # the first that knows FLOAT4E2M1 and opset 23
+    )
+    return Traced(proto, graph.parameters)
+
+
+def elsewhere(parameter: Parameter) -> onnx.TensorProto:
+    tensor = TensorProto(name=parameter.name, data_type=parameter.element, dims=parameter.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="weights")
+    return tensor
