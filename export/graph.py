@@ -89,6 +89,16 @@ class Quantised:
 
 
 @dataclass(frozen=True)
+class Pending:
+    """An activation that is quantised once it is cut into streams: a cut between a Q/DQ pair and its product hides
+    from TensorRT that the product is FP4's."""
+
+    value: Value
+    quant: Quant
+    bound: Value | None
+
+
+@dataclass(frozen=True)
 class Joint:
     """A joint sequence, kept apart as (text, image) as long as nothing needs it whole."""
 
@@ -265,7 +275,8 @@ class OnnxOps:
         if out is not None and out.rule == "bound":
             bound = graph.op("ReduceMax", graph.op("Abs", v), graph.integers([1, 2, 3]), keepdims=0)
             bound = graph.reshape(graph.cast(bound, torch.float32), (-1, 1, 1))
-        return Joint((self.emit(graph.reshape(o, (0, 0, -1)), out, bound),))
+        o = graph.reshape(o, (0, 0, -1))
+        return Joint((o if out is None else Pending(o, out, bound),))
 
     def linear_gelu(self, x: Joint, layer: Layer, split: Any, out: Quant | None = None) -> Joint:
         ys = []
@@ -289,13 +300,12 @@ class OnnxOps:
     # --- their parts --------------------------------------------------------------------------
 
     def streams(self, x: Joint, layer: Layer, split: Any) -> tuple[Any, ...]:
-        """As `Joint.streams`; of a quantised sequence, codes and row scales are cut, a scale per image is not."""
-        count = len(layer.streams)
-        (first, *more) = x.parts
-        if count == 1 or more or isinstance(first, Value):
-            return x.streams(count, split)
-        codes, dense = Joint((first.codes,)).streams(2, split), Joint((first.dense,)).streams(2, split)
-        return tuple(Quantised(c, first.scale, first.norm, d) for c, d in zip(codes, dense, strict=True))
+        """`Joint.streams`, and what was pending is quantised."""
+        (first, *_) = x.parts
+        if not isinstance(first, Pending):
+            return x.streams(len(layer.streams), split)
+        parts = Joint((first.value,)).streams(len(layer.streams), split)
+        return tuple(self.emit(part, first.quant, first.bound) for part in parts)
 
     def emit(self, y: Value, quant: Quant | None, bound: Value | None = None) -> Value | Quantised:
         """`y [B, L, K]` as its reader wants it: the rules of `formats.quantize`, in unit scale."""
