@@ -145,8 +145,8 @@ def _norm_modulate_kernel(
 def launch(
     x: Tensor, shift: Tensor, scale: Tensor, split: int, out: Quant | None = None, *, arch: int,
     empty: Empty | None = None,
-) -> tuple[Activation, Launch]:  # fmt: skip
-    """The output and the launch that fills it; `empty` gives the output's buffers."""
+) -> tuple[Activation, list[Launch]]:  # fmt: skip
+    """The output and the launches that fill it; `empty` gives the output's buffers."""
     B, L, D = x.shape
     split = split if shift.shape[1] == 2 else 0
     y = outputs(out, (B, L, D), x.dtype, empty or fresh(x.device))
@@ -164,7 +164,7 @@ def launch(
         "D": D, "EPS": EPS, "FORMAT": out.format if out else "dense", "PTX": has_e2m1(x.device, arch),
         "ROWS": t.rows, "BLOCK_D": block_d,
     }  # fmt: skip
-    return y, Launch(_norm_modulate_kernel, grid, args, constants | {"num_warps": t.warps, "num_stages": 1})
+    return y, [Launch(_norm_modulate_kernel, grid, args, constants | {"num_warps": t.warps, "num_stages": 1})]
 
 
 def configurations(arch: int) -> Iterator[Configuration]:
@@ -174,7 +174,7 @@ def configurations(arch: int) -> Iterator[Configuration]:
     t = tile(D)[1]
     for format in ("bf16", "fp8", "nvfp4") if arch >= 100 else ("bf16", "fp8"):
         out = None if format == "bf16" else Quant(format, "row")
-        run = launch(x, mods[:, :, 0], mods[:, :, 1], 512, out, arch=arch)[1]
+        run = launch(x, mods[:, :, 0], mods[:, :, 1], 512, out, arch=arch)[1][0]
         yield Configuration("norm_modulate", format, f"D={D} {t.rows} row w{t.warps}", run, "", None, occupancy=5)
 
 

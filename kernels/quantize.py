@@ -195,15 +195,15 @@ def has_e2m1(device: torch.device, arch: int) -> bool:
     return arch >= 100 and device.type != "cpu"
 
 
-def launch(x: Tensor, quant: Quant, *, arch: int, empty: Empty | None = None) -> tuple[Activation, Launch]:
-    """The output and the launch that fills it; `empty` gives the output's buffers."""
+def launch(x: Tensor, quant: Quant, *, arch: int, empty: Empty | None = None) -> tuple[Activation, list[Launch]]:
+    """The output and the launches that fill it; `empty` gives the output's buffers."""
     B, L, K = math.prod(x.shape[:-2]), x.shape[-2], x.shape[-1]
     rows = x.reshape(B, L, K)
     y = outputs(quant, tuple(x.shape), x.dtype, empty or fresh(x.device))
     block_k = max(BLOCK, 1 << (K - 1).bit_length())
     args = (rows, rows.stride(0), rows.stride(1), *pointers(y, quant))
     constants = {"K": K, "FORMAT": quant.format, "PTX": has_e2m1(x.device, arch), "BLOCK_K": block_k}
-    return y, Launch(_quantize_kernel, (L, B), args, constants | {"num_warps": warps(block_k), "num_stages": 1})
+    return y, [Launch(_quantize_kernel, (L, B), args, constants | {"num_warps": warps(block_k), "num_stages": 1})]
 
 
 def fresh(device: torch.device) -> Empty:
@@ -215,7 +215,7 @@ def configurations(arch: int) -> Iterator[Configuration]:
     x: Any = torch.empty(1, 4608, 3072, dtype=torch.bfloat16, device="meta")
     for format in ("fp8", "nvfp4") if arch >= 100 else ("fp8",):
         quant = Quant(format, "row")
-        run = launch(x, quant, arch=arch)[1]
+        run = launch(x, quant, arch=arch)[1][0]
         yield Configuration("quantize", format, f"K=3072 w{run.options['num_warps']}", run, "", None, occupancy=4)
 
 
