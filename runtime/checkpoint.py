@@ -10,9 +10,6 @@ several of diffusers' tensors are one native tensor, their scales become one per
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -124,15 +121,10 @@ class Checkpoint:
         kept = self._native.format(name) in ("fp8", "nvfp4") and self._shares_input(name)
         return self._source.pre_quant_scale(self._native.parts(name)[0]) if kept else None
 
-    @functools.cached_property
+    @property
     def identity(self) -> str:
-        """sha256 (hex) over header, length and a page of every tensor of every file, and the configuration beside them.
-
-        It tells any two models apart that differ in training or format; `sha256` reads every byte.
-        """
-        digest = hashlib.sha256("".join(file.digest for file in self.files).encode())
-        digest.update(json.dumps(self._located.config, sort_keys=True).encode())
-        return digest.hexdigest()
+        """See `Located.identity`; `sha256` reads every byte."""
+        return self._located.identity
 
     def sha256(self) -> dict[str, str]:
         """File name -> sha256 (hex) of the whole file, as publishers list it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -46,6 +48,16 @@ class Located:
     config: Mapping[str, Any] = field(default_factory=dict)
     pipeline: str = ""
     linear_nvfp4: bool = False
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """sha256 (hex) over header, length and a page of every tensor of every file, and the configuration beside them.
+
+        It tells any two models apart that differ in training or format.
+        """
+        digest = hashlib.sha256("".join(file.digest for file in self.files).encode())
+        digest.update(json.dumps(self.config, sort_keys=True).encode())
+        return digest.hexdigest()
 
     def tensors(self, part: Part, dtype: torch.dtype | None = None, linear_nvfp4: bool = False) -> Tensors:
         """The tensors of one of the parts; `dtype` and `linear_nvfp4` as `Tensors` has them."""
