@@ -32,6 +32,7 @@ from fluxkiln.transformer import Transformer
 OPSET = 23  # the first with Attention and FLOAT4E2M1
 FP4_DOMAIN = "trt"  # of TRT_FP4DynamicQuantize: ONNX has no dynamic quantisation to blocks
 
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 ELEMENT = {
     torch.float32: TensorProto.FLOAT,
     torch.bfloat16: TensorProto.BFLOAT16,
@@ -61,8 +62,11 @@ class Parameter:
 
     @property
     def name(self) -> str:
-        inputs = "" if self.inputs is None else f".inputs{self.inputs[0]}"
-        return f"{self.layer}.outputs{self.outputs[0]}{inputs}.{self.role}"
+        return f"{part_name(self.layer, self.outputs, self.inputs)}.{self.role}"
+
+
+def part_name(layer: str, outputs: tuple[int, int], inputs: tuple[int, int] | None) -> str:
+    return f"{layer}.outputs{outputs[0]}" + (f".inputs{inputs[0]}" if inputs else "")
 
 
 @dataclass(frozen=True)
@@ -160,13 +164,17 @@ class Graph:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[bytes, onnx.TensorProto] = field(default_factory=dict)  # by content
     parameters: dict[str, Parameter] = field(default_factory=dict)
+    products: dict[str, str] = field(default_factory=dict)  # node of a layer's product -> number format
 
-    def op(self, kind: str, *inputs: Value | None, domain: str = "", count: int = 1, **attributes: Any) -> Any:
-        outputs = [f"{kind}_{len(self.nodes)}" + (f"_{i}" if count > 1 else "") for i in range(count)]
-        names = [value.name if value else "" for value in inputs]
-        self.nodes.append(
-            make.make_node(kind, names, outputs, f"{kind}_{len(self.nodes)}", domain=domain, **attributes)
-        )
+    def op(
+        self, kind: str, *inputs: Value | None, domain: str = "", count: int = 1, name: str = "", **attributes: Any
+    ) -> Any:
+        """Write a node; its output, or a tuple of `count` outputs."""
+        name = name or f"{kind}_{len(self.nodes)}"
+        # TensorRT's kernels are called after the outputs, not after the nodes.
+        outputs = [name] if count == 1 else [f"{name}_{i}" for i in range(count)]
+        read = [value.name if value else "" for value in inputs]
+        self.nodes.append(make.make_node(kind, read, outputs, name, domain=domain, **attributes))
         values = tuple(Value(self, name) for name in outputs)
         return values if count > 1 else values[0]
 
@@ -351,11 +359,11 @@ class OnnxOps:
         bias = self.parameter(linear, "bias", linear.bias)
         if isinstance(linear.weight, Tensor):
             x = xs[0] if len(xs) == 1 else graph.concat(xs, axis=-1)
-            return graph.op("Add", self.multiply(x, self.weight(linear)), bias)
-        total = None
+            return graph.op("Add", self.multiply(x, self.weight(linear), self.main(linear, NAMES[self.high])), bias)
+        total, format = None, "fp8" if isinstance(linear.weight, Fp8) else "nvfp4"
         for x, inputs in zip(xs, self.columns(linear, len(xs)), strict=True):
-            y = graph.cast(self.multiply(x.codes, self.weight(linear, inputs)), torch.float32)
-            y = graph.op("Mul", y, x.scale)
+            y = self.multiply(x.codes, self.weight(linear, inputs), self.main(linear, format, inputs))
+            y = graph.op("Mul", graph.cast(y, torch.float32), x.scale)
             total = y if total is None else graph.op("Add", total, y)
         scale = self.parameter(linear, "scale", torch.empty(linear.weight.shape[0], device="meta"))
         y = graph.op("Add", graph.op("Mul", total, scale), graph.cast(bias, torch.float32))
@@ -376,9 +384,15 @@ class OnnxOps:
         width = self.config.hidden_size
         return (None,) if count == 1 else ((0, width), (width, linear.weight.shape[1]))
 
-    def multiply(self, x: Value, weight: Value) -> Value:
+    def multiply(self, x: Value, weight: Value, name: str = "") -> Value:
         """`x Wᵀ` of a weight in its native layout `[N, K]`, so that its bytes are the checkpoint's."""
-        return self.graph.op("MatMul", x, self.graph.op("Transpose", weight, perm=[1, 0]))
+        return self.graph.op("MatMul", x, self.graph.op("Transpose", weight, perm=[1, 0]), name=name)
+
+    def main(self, linear: Linear, format: str, inputs: tuple[int, int] | None = None) -> str:
+        """Name of a layer's product, entered into the list that an engine is held to."""
+        name = part_name(linear.name, (linear.start, 0), inputs)
+        self.graph.products[name] = format
+        return name
 
     def weight(self, linear: Linear, inputs: tuple[int, int] | None = None) -> Value:
         """The weight, or the codes of a quantised weight behind a DQ of scale 1, `[N, K]`."""
@@ -448,10 +462,19 @@ def rope_of(graph: Graph, config: FluxConfig, txt_ids: Value, img_ids: Value) ->
 
 @dataclass(frozen=True)
 class Traced:
-    """The graph, in which every parameter is an initializer whose data is elsewhere, and what each parameter is."""
+    """The graph, in which every parameter is an initializer whose data is elsewhere.
+
+    Attributes:
+        proto: ONNX.
+        parameters: what each of them is.
+        products: node of each layer's product -> the number format in which an engine must run it.
+        attentions: number of attention nodes.
+    """
 
     proto: onnx.ModelProto
     parameters: dict[str, Parameter]
+    products: dict[str, str]
+    attentions: int
 
 
 def trace(config: FluxConfig, tensors: Mapping[str, Any], high: torch.dtype = torch.bfloat16) -> Traced:
@@ -494,7 +517,7 @@ def trace(config: FluxConfig, tensors: Mapping[str, Any], high: torch.dtype = to
         producer_name="fluxkiln",
         ir_version=11,  # the first that knows FLOAT4E2M1 and opset 23
     )
-    return Traced(proto, graph.parameters)
+    return Traced(proto, graph.parameters, graph.products, config.depth + config.depth_single_blocks)
 
 
 def elsewhere(parameter: Parameter) -> onnx.TensorProto:
