@@ -1,58 +1,323 @@
 """Projection to q, k, v, then per-head RMSNorm and rotary embedding on q and k, joint over both streams.
 
-    x           [B, L, D]       joint stream, text rows [:split] first
-    projection  S x [3D, D]     rows: q of all heads, then k, then v; S = 1 or 2 streams;
-                S x 2 x [d]     RMSNorm weights of q and k, shared by the heads
-    rope        [1 or B, L, d/2, 2]   cos and sin of each rotated pair, fp32
-    q, k, v     [B, L, H, d]
+    x           [B, L, K]       joint stream, text rows [:split] first; dtype of the model, FP8 or NVFP4
+    projection  S x [3HD, K]    rows: q of all heads, then k, then v; S = 1 or 2 streams;
+                S x 2 x [D]     RMSNorm weights of q and k, shared by the heads
+    rope        [1 or B, L, D/2, 2]   cos and sin of each rotated pair, fp32
+    q, k, v     [B, L, H, D]    dtype of the model, or FP8 for FP8 attention (`attention.Values` for v)
 
-Precision: each linear, each norm and each rotation rounds once to the model's dtype; the rotation itself is fp32.
-Cost: 6*B*L*D*D flops.
+Packed, the rows of q and k are permuted so that a head's even channels come first, then its odd ones, and the norm
+weights with them: pairs are then D/2 apart, two halves of a tile, and q kᵀ does not notice. A tile holds whole heads
+of one of q, k and v.
+
+Precision: eager rounds to the model's dtype at the linear, the norm and the rotation; the kernel only at the end, all
+between in fp32. In FP8, RMSNorm bounds q and k by sqrt(D) max|weight|, a constant of the layer, and v has a scale for
+every 128 tokens of a stream and head.    Cost: 6*B*L*K*H*D flops.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fluxkiln.kernels.formats import Quant
-from fluxkiln.kernels.layers import EPS, QKNorm, Streams
+from fluxkiln.kernels import attention, formats, matmul, tiles
+from fluxkiln.kernels.attention import V_BLOCK, Query, Values
+from fluxkiln.kernels.compile import Configuration
+from fluxkiln.kernels.formats import FP8_MAX, TINY, Activation, Fp8, Quant
+from fluxkiln.kernels.language import Launch, constexpr, jit, tl
+from fluxkiln.kernels.layers import EPS, Linear, LowRank, QKNorm, Streams
+from fluxkiln.kernels.matmul import Packed
+from fluxkiln.kernels.quantize import Empty, fresh
+from fluxkiln.kernels.tiles import Problem, Tile
+
+# --- layers -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Projection:
-    """The qkv layer of a block: one linear and one pair of norms for each stream."""
+    """The qkv layer of a block: one linear and one pair of norms for each stream.
+
+    Attributes:
+        attention: what q, k and v are written as.
+        query: what q is when it leaves; `raw`, without norm and rotation, for an attention kernel that does both.
+    """
 
     streams: Streams
     norms: tuple[QKNorm, ...]
+    attention: Literal["bf16", "fp8"] = "bf16"
+    query: Literal["rotated", "raw"] = "rotated"
 
     @property
     def input(self) -> Quant | None:
         return self.streams.input
 
+    def scale(self, part: Literal["query", "key"]) -> Tensor:
+        """FP8 scale of all q or all k, fp32 `[1]`: rotation keeps the length of a pair, so the bound holds after it."""
+        largest = torch.stack([getattr(norm, part).float().abs().amax() for norm in self.norms]).amax()
+        return (largest * (math.sqrt(self.norms[0].query.shape[0]) / FP8_MAX)).clamp_min(TINY).reshape(1)
+
+
+@dataclass(frozen=True)
+class PackedProjection:
+    """A projection as the kernel reads it: q and k in half layout.
+
+    Attributes:
+        layer: of three parts.
+        norm: `[S, 2, D]` fp32.
+        scale: of q and k in FP8, `[2]` fp32.
+        attention, query: as in `Projection`.
+    """
+
+    layer: Packed
+    norm: Tensor
+    scale: Tensor
+    attention: Literal["bf16", "fp8"]
+    query: Literal["rotated", "raw"]
+
+    @property
+    def input(self) -> Quant | None:
+        return self.layer.input
+
+    @property
+    def head_dim(self) -> int:
+        return self.norm.shape[-1]
+
+
+def pack(projection: Projection) -> PackedProjection:
+    head_dim = projection.norms[0].query.shape[0]
+    half = half_layout(head_dim)
+
+    def permuted(linear: Linear) -> Linear:
+        outputs = linear.bias.shape[0]
+        order = torch.arange(outputs).unflatten(0, (3, -1, head_dim))
+        order[:2] = order[:2][..., half]
+        order = order.flatten().to(linear.bias.device)
+        rank = linear.low_rank and LowRank(linear.low_rank.down, linear.low_rank.up[order])
+        return replace(linear, weight=linear.weight[order], bias=linear.bias[order], low_rank=rank)
+
+    norms = [torch.stack((norm.query, norm.key))[:, half.to(norm.query.device)] for norm in projection.norms]
+    return PackedProjection(
+        matmul.pack(Streams(map(permuted, projection.streams)), parts=3),
+        torch.stack(norms).float(),
+        torch.cat((projection.scale("query"), projection.scale("key"))),
+        projection.attention,
+        projection.query,
+    )
+
+
+def half_layout(head_dim: int) -> Tensor:
+    """Channels of a head in packed order: the first of every rotated pair, then the second."""
+    return torch.cat((torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)))
+
+
+# --- constants and launch table ---------------------------------------------------------------
+
+OP = "qkv_rope"
+HEAD_DIMS = (64, 128)
+
+# 128 rows always: they share a scale of v.
+TILES: tiles.Table = {
+    (90, "fp8", "f32"): (Tile(128, 256, 128, 8, 4, pieces=2), Tile(128, 128, 128, 8, 3, blocks=1)),
+}
+
+
+def pick(problem: Problem) -> Tile:
+    return tiles.pick(problem, TILES)
+
+
+def candidates(problem: Problem) -> Iterator[Tile]:
+    # An epilogue needs whole heads.
+    return (tile for tile in tiles.candidates(problem, TILES) if tile.m == V_BLOCK and tile.n // tile.pieces >= 128)
+
+
+# --- contract ---------------------------------------------------------------------------------
+
+
+def check(x: Activation, projection: Projection | PackedProjection, rope: Tensor, split: int) -> None:
+    """Raise ValueError on a call that is wrong for every backend."""
+    packed = isinstance(projection, PackedProjection)
+    matmul.check(OP, (x,), projection.layer if packed else projection.streams, split)
+    head_dim = projection.head_dim if packed else projection.norms[0].query.shape[0]
+    B, L = x.shape[:2]
+    if rope.shape[0] not in (1, B) or tuple(rope.shape[1:]) != (L, head_dim // 2, 2):
+        raise ValueError(f"{OP}: rope must be [1 or {B}, {L}, {head_dim // 2}, 2], got {list(rope.shape)}")
+
+
+def refuse(x: Activation, projection: PackedProjection, rope: Tensor, split: int, *, arch: int) -> str | None:
+    """Why the Triton kernel cannot take a valid call, or None."""
+    if projection.head_dim not in HEAD_DIMS:
+        return f"head dim {projection.head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
+    if rope.dtype != torch.float32 or not rope[0].is_contiguous():
+        return f"rope must be fp32 and contiguous, got {rope.dtype}"
+    return matmul.refuse((x,), projection.layer, arch)
+
 
 # --- reference --------------------------------------------------------------------------------
 
 
-def reference(x: Tensor, projection: Projection, rope: Tensor, split: int) -> tuple[Tensor, Tensor, Tensor]:
-    head_dim = projection.norms[0].query.shape[0]
+def reference(x: Activation, projection: Projection, rope: Tensor, split: int) -> tuple[Any, Any, Any]:
+    head_dim, dtype = projection.norms[0].query.shape[0], projection.streams[0].dtype
+
     rows = (x,) if len(projection.streams) == 1 else (x[:, :split], x[:, split:])
     streams = []
     for x_s, linear, norm in zip(rows, projection.streams, projection.norms, strict=True):
         q, k, v = linear(x_s).unflatten(-1, (3, -1, head_dim)).unbind(2)
         streams.append((rms_norm(q, norm.query), rms_norm(k, norm.key), v))
     q, k, v = streams[0] if len(streams) == 1 else (torch.cat(pair, dim=1) for pair in zip(*streams, strict=True))
-    return rotate(q, rope), rotate(k, rope), v
+    q, k = rotate(q, rope), rotate(k, rope)
+    if projection.attention == "bf16":
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k = (formats.quantize_fp8(y, projection.scale(part)) for y, part in ((q, "query"), (k, "key")))
+    return q, k, attention.quantize_values(v, split, dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.nn.functional.rms_norm(x, weight.shape, weight, EPS)
+    return torch.nn.functional.rms_norm(x, weight.shape, weight.to(x.dtype), EPS)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the channel pairs (2i, 2i+1) of `x [B, L, H, d]` by `rope [1 or B, L, d/2, 2]`, in at least fp32."""
+    """Rotate the channel pairs (2i, 2i+1) of `x [B, L, H, D]` by `rope [1 or B, L, D/2, 2]`, in at least fp32."""
     cos, sin = rope[:, :, None].unbind(-1)
     a, b = x.to(torch.promote_types(x.dtype, rope.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((cos * a - sin * b, sin * a + cos * b), dim=-1).flatten(-2).to(x.dtype)
+
+
+# --- kernel -----------------------------------------------------------------------------------
+
+_EPS, _TINY = constexpr(EPS), constexpr(TINY)
+
+
+@jit
+def _store_pairs(first, second, out_ptr, at, mask, inverse, HALF: tl.constexpr):
+    """Halves of heads `[M, HEADS, HALF]`; `inverse` of the FP8 scale."""
+    ptrs = out_ptr + at + tl.arange(0, HALF)[None, None, :]
+    tl.store(ptrs, (first * inverse).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(ptrs + HALF, (second * inverse).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _qkv_rope(
+    y, b, row, mask_m, offs_n, mask_n, stream, part, L, split, N,
+    norm_ptr, scale_ptr,                       # [S, 2, D], of FP8 q and k [2]
+    rope_ptr, stride_rb,                       # [1 or B, L, D / 2, 2]
+    q_ptr, k_ptr,                              # [B, L, H, D]
+    v_ptr, v_scale_ptr,                        # [B, L, H, D] or FP8 [B, H, D, blocks * M]; [B, H, blocks]
+    CONSTANTS: tl.constexpr,
+):  # fmt: skip
+    D: tl.constexpr = CONSTANTS[0]
+    FP8: tl.constexpr = CONSTANTS[1]
+    RAW_QUERY: tl.constexpr = CONSTANTS[2]
+    HALF: tl.constexpr = D // 2
+    M: tl.constexpr = y.shape[0]
+    HEADS: tl.constexpr = y.shape[1] // D
+    rows = row + tl.arange(0, M)
+    heads = tl.min(offs_n, axis=0) // D + tl.arange(0, HEADS)
+    mask = mask_m[:, None, None] & (heads < N // D)[None, :, None]
+    at = (b.to(tl.int64) * L + rows)[:, None, None] * N + heads[None, :, None] * D  # [M, HEADS, 1]
+    y = tl.reshape(y, (M, HEADS, D))
+
+    if part < 2:
+        first, second = tl.split(tl.permute(tl.reshape(y, (M, HEADS, 2, HALF)), (0, 1, 3, 2)))  # [M, HEADS, HALF]
+        if not RAW_QUERY or part == 1:
+            rstd = tl.rsqrt(tl.sum(y * y, axis=2) / D + _EPS)[:, :, None]
+            norm_ptrs = norm_ptr + (stream * 2 + part) * D + tl.arange(0, HALF)
+            first *= rstd * tl.load(norm_ptrs)[None, None, :]
+            second *= rstd * tl.load(norm_ptrs + HALF)[None, None, :]
+            rope_ptrs = rope_ptr + b.to(tl.int64) * stride_rb + rows[:, None] * D + tl.arange(0, D)[None, :]
+            rope = tl.load(rope_ptrs, mask=mask_m[:, None], other=0.0)
+            cos, sin = tl.split(tl.reshape(rope, (M, 1, HALF, 2)))
+            first, second = first * cos - second * sin, first * sin + second * cos
+        if part == 0:
+            inverse = 1.0 / tl.load(scale_ptr) if FP8 and not RAW_QUERY else 1.0
+            _store_pairs(first, second, q_ptr, at, mask, inverse, HALF)
+        else:
+            inverse = 1.0 / tl.load(scale_ptr + 1) if FP8 else 1.0
+            _store_pairs(first, second, k_ptr, at, mask, inverse, HALF)
+    else:
+        text_blocks = tl.cdiv(split, M)
+        blocks = text_blocks + tl.cdiv(L - split, M)
+        block = tl.where(row >= split, text_blocks + (row - split) // M, row // M)
+        y = tl.where(mask, y, 0.0)
+        scale = tl.maximum(tl.max(tl.max(tl.abs(y), axis=2), axis=0) * (1.0 / 448.0), _TINY)  # [HEADS]
+        head = b.to(tl.int64) * (N // D) + heads
+        tl.store(v_scale_ptr + head * blocks + block, scale, mask=heads < N // D)
+        if FP8:
+            codes = (y * (1.0 / scale)[None, :, None]).to(tl.float8e4nv)
+            # Tokens become contiguous, as `attention.interleaved`: 8 b + 2 t + c of every 16 goes to 4 t + 2 b + c.
+            codes = tl.reshape(codes, (M // 16, 2, 4, 2, HEADS, D))
+            codes = tl.reshape(tl.permute(codes, (4, 5, 0, 2, 1, 3)), (HEADS, D, M))
+            offs_d = tl.arange(0, D)[None, :, None]
+            offs_m = tl.arange(0, M)[None, None, :]
+            ptrs = v_ptr + (head[:, None, None] * D + offs_d) * (blocks * M) + block * M + offs_m
+            tl.store(ptrs, codes, mask=(heads < N // D)[:, None, None])
+        else:
+            tl.store(v_ptr + at + tl.arange(0, D)[None, None, :], y.to(v_ptr.dtype.element_ty), mask=mask)
+
+
+# --- launch -----------------------------------------------------------------------------------
+
+
+def launch(
+    x: Activation, projection: PackedProjection, rope: Tensor, split: int, *,
+    arch: int, empty: Empty | None = None, tile: Tile | None = None,
+) -> tuple[tuple[Any, Any, Any], list[Launch]]:  # fmt: skip
+    """q, k and v, and the launches that fill them; `tile` overrides the table."""
+    layer, D = projection.layer, projection.head_dim
+    (B, L, _), H = x.shape, layer.n // D
+    empty = empty or fresh(layer.weight.device)
+    fp8, raw = projection.attention == "fp8", projection.query == "raw"
+    blocks = attention.blocks(split, L)
+    dtype = torch.float8_e4m3fn if fp8 else layer.dtype
+    q: Any = empty("q", (B, L, H, D), layer.dtype if raw else dtype)
+    k: Any = empty("k", (B, L, H, D), dtype)
+    v_data = empty("v", (B, H, D, blocks * V_BLOCK) if fp8 else (B, L, H, D), dtype)
+    v = Values(v_data, empty("v_scale", (B, H, blocks), torch.float32), split, layer.dtype)
+
+    tile = tile or pick(matmul.problem(OP, layer, matmul.streams_of(split, L, layer), arch, projection.attention))
+    side, before = matmul.side_input((x,), layer, split, arch=arch, empty=empty)
+    run = matmul.plan(
+        _qkv_rope, tile, (x,), layer, split,
+        tensors=(
+            projection.norm, projection.scale,
+            rope, rope.stride(0) if rope.shape[0] > 1 else 0,
+            q, k, v.data, v.scale,
+        ),
+        constants=(D, fp8, raw), side=side, arch=arch,
+    )  # fmt: skip
+    if fp8:
+        scales = [scale.expand(B, L, H) for scale in projection.scale.split(1)]
+        q, k = (q if raw else Fp8(q, scales[0])), Fp8(k, scales[1])
+    if raw:
+        q = Query(q, projection.norm[:, 0], rope, split, projection.scale[:1] if fp8 else None)
+    return (q, k, v), [*before, run]
+
+
+def configurations(arch: int) -> Iterator[Configuration]:
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    for (number, format, accumulate), shipped in TILES.items():
+        if number != arch:
+            continue
+        x = matmul.meta_input(format, 3072)
+        for tile in shipped:
+            for streams, target, query in ((2, "bf16", "rotated"), (2, "fp8", "rotated"), (1, "fp8", "raw")):
+                layer = matmul.meta_layer(format, accumulate, streams, 3072, 3072, parts=3)
+                norm, scale, rope = meta(streams, 2, 128), meta(2), meta(1, matmul.LENGTH, 64, 2)
+                projection = PackedProjection(layer, norm, scale, target, query)
+                launches = launch(x, projection, rope, 512 * (streams - 1), arch=arch, tile=tile)[1]
+                note = f"S={streams} -> {target}" + " raw query" * (query == "raw")
+                yield matmul.configuration(OP, arch, layer, tile, launches, note)
+
+
+# --- cost -------------------------------------------------------------------------------------
+
+
+def cost(x: Activation, projection: PackedProjection, rope: Tensor, q: Any, k: Any, v: Any) -> tuple[int, int]:
+    """(flops, bytes) of one call."""
+    return matmul.cost((x,), projection.layer, rope.nbytes)

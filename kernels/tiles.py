@@ -1,0 +1,149 @@
+"""Which tile a matrix product runs with: committed data, chosen by a pure function of one image's problem.
+
+Every operation that multiplies has a table of its tiles, for each architecture and format, in the order in which they
+are fast when they fill the GPU. `pick` takes the first that nearly fills it, unless `tiles.json` says what was fastest
+when it was measured: `fluxkiln bench tune` times the `candidates` on a GPU and writes the winners there, with where
+and when. Nothing is tuned at run time, and nothing depends on the number of images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fluxkiln.kernels.arch import ARCHS
+
+# Multiprocessors of the GPU that each table is made for: RTX 4090, H100 SXM, B200, RTX 5090.
+MULTIPROCESSORS = {89: 128, 90: 132, 100: 148, 120: 170}
+MEASURED = Path(__file__).with_name("tiles.json")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes, and how.
+
+    Attributes:
+        m: rows.
+        n: outputs.
+        k: of the contraction in a step of the main loop.
+        warps: of the program.
+        stages: of the main loop's software pipeline.
+        pieces: parts along n in which the epilogue goes over the tile: 1, 2 or 4; more need fewer registers.
+        blocks: programs that fit a multiprocessor at once; two hide each other's epilogue.
+        group: row tiles that neighbouring programs spread over, for the L2 cache.
+        persistent: a program computes several tiles, and loads the next while it stores one.
+        specialize: loads, products and epilogue on warps of their own.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    pieces: int = 1
+    blocks: int = 1
+    group: int = 8
+    persistent: bool = False
+    specialize: bool = False
+
+    def __str__(self) -> str:
+        how = "".join(f" {name}" for name in ("persistent", "specialize") if getattr(self, name))
+        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}{how}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One launch, as far as its tile depends on it.
+
+    Attributes:
+        op: name of the operation, as in `Ops`.
+        arch: one of `arch.NATIVE`.
+        format: of the operands: bf16, fp8 or nvfp4.
+        rows: of each stream of one image.
+        n: outputs of a part.
+        k: of the contraction.
+        parts: groups of n outputs that no tile straddles (q, k and v).
+        accumulate: as in `layers.Linear`.
+        out: format of the output.
+    """
+
+    op: str
+    arch: int
+    format: str
+    rows: tuple[int, ...]
+    n: int
+    k: int
+    parts: int = 1
+    accumulate: str = "f32"
+    out: str = "bf16"
+
+
+Table = Mapping[tuple[int, str, str], Sequence[Tile]]  # (arch, format, accumulate) -> tiles, fastest first
+
+
+def count(tile: Tile, problem: Problem) -> int:
+    """Tiles of one image."""
+    return sum(math.ceil(rows / tile.m) for rows in problem.rows) * problem.parts * math.ceil(problem.n / tile.n)
+
+
+def fullness(tile: Tile, problem: Problem) -> float:
+    """Useful share of what the GPU could compute while its last wave of tiles runs."""
+    slots = MULTIPROCESSORS[problem.arch] * tile.blocks
+    computed = math.ceil(count(tile, problem) / slots) * slots * tile.m * tile.n
+    return sum(problem.rows) * problem.parts * problem.n / computed
+
+
+def pick(problem: Problem, table: Table) -> Tile:
+    """The tile measured fastest for the most similar problem, or the first that fills the GPU nearly as well as any.
+
+    Nearly: nine tenths. A smaller tile fills the last wave better, but reads more of its operands for each product.
+    """
+    known = measured().get(_key(problem))
+    if known:
+        return min(known, key=lambda row: abs(math.log(row[0] / max(1, sum(problem.rows)))))[1]
+    tiles = table[problem.arch, problem.format, problem.accumulate]
+    best = max(fullness(tile, problem) for tile in tiles)
+    return next(tile for tile in tiles if fullness(tile, problem) >= 0.9 * best)
+
+
+def candidates(problem: Problem, table: Table) -> Iterator[Tile]:
+    """What is worth timing: the table's tiles, then their variations; each has still to compile without spills."""
+    shipped = tuple(table[problem.arch, problem.format, problem.accumulate])
+    seen = set()
+    for tile in shipped:
+        varied = (
+            replace(tile, warps=warps, stages=stages, pieces=pieces, persistent=persistent, group=group)
+            for warps in (4, 8)
+            for stages in range(2, 6)
+            for pieces in (1, 2, 4)
+            for persistent in (False, True)
+            for group in (8, 16)
+        )
+        for choice in (tile, *varied):
+            buffers = choice.stages * (choice.m + choice.n) * choice.k * _BITS[problem.format] // 8
+            fits = buffers <= ARCHS[problem.arch].shared_limit and choice.m * choice.n <= 4096 * choice.warps
+            if choice not in seen and fits:
+                seen.add(choice)
+                yield choice
+
+
+_BITS = {"bf16": 16, "fp8": 8, "nvfp4": 4}
+
+
+@functools.cache
+def measured() -> dict[tuple, list[tuple[int, Tile]]]:
+    """Fastest tiles of `tiles.json`, by problem: (rows in all, tile) of each size that was timed."""
+    table: dict[tuple, list[tuple[int, Tile]]] = {}
+    for row in json.loads(MEASURED.read_text())["rows"] if MEASURED.exists() else ():
+        problem = Problem(**row["problem"] | {"rows": tuple(row["problem"]["rows"])})
+        table.setdefault(_key(problem), []).append((sum(problem.rows), Tile(**row["tile"])))
+    return table
+
+
+def _key(problem: Problem) -> tuple:
+    return dataclasses.astuple(replace(problem, rows=(len(problem.rows),)))
