@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,12 +48,15 @@ class Transformer:
 
     Args:
         config: its sizes.
-        tensors: native name -> tensor, all of one dtype and device (parameters work: eager is differentiable).
+        tensors: native name -> tensor, all of one dtype and device (parameters work: eager is differentiable);
+            native name of a layer -> `Linear`, for layers that are more than weight and bias. Each is asked for once.
         ops: who runs the operations.
     """
 
-    def __init__(self, config: FluxConfig, tensors: Mapping[str, Tensor], ops: Ops = EAGER) -> None:
+    def __init__(self, config: FluxConfig, tensors: Mapping[str, Any], ops: Ops = EAGER) -> None:
         def linear(name: str) -> Linear:
+            if name in tensors:
+                return tensors[name]
             return Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"], name=name)
 
         def qk_norm(name: str) -> QKNorm:
