@@ -158,10 +158,11 @@ def _describe_pipeline(folder: Path) -> Description:
 def _part_info(located: Located, part: Part) -> PartInfo:
     native = Native(located) if part == "transformer" else None
     tensors = native.source if native else located.tensors(part)
+    names = native.stored_names if native else list(tensors)
     formats: Counter[str] = Counter()
-    for name in tensors:
+    for name in names:
         formats[tensors.format(name)] += math.prod(tensors.shape(name))
-    quantised = Counter(tensors.format(name) for name in tensors if tensors.format(name) in _QUANTISED)
+    quantised = Counter(tensors.format(name) for name in names if tensors.format(name) in _QUANTISED)
     parameters = formats.total()
     memory = {"fp32": 4 * parameters, "bf16": 2 * parameters}
     info = PartInfo(
@@ -170,7 +171,7 @@ def _part_info(located: Located, part: Part) -> PartInfo:
         parameters=parameters,
         formats=dict(formats.most_common()),
         quantised=dict(quantised.most_common()),
-        stored_bytes=sum(tensors.nbytes(name) for name in tensors),
+        stored_bytes=sum(tensors.nbytes(name) for name in names),
         memory=memory,
     )
     if native is None:

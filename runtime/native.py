@@ -11,6 +11,14 @@ from fluxkiln.safetensors_file import CheckpointError
 
 _SHOWN = 3  # names of each sort in an error
 _VARIANT_WORDS = ("kontext", "canny", "depth", "fill", "schnell", "krea", "dev")  # `flux1-dev-kontext` is Kontext
+_TELLING = {  # dimensions of the tensors off which the sizes are read
+    "img_in.weight": 2,
+    "txt_in.weight": 2,
+    "vector_in.in_layer.weight": 2,
+    "double_blocks.0.img_attn.norm.key_norm.scale": 1,
+    "double_blocks.0.img_mlp.0.bias": 1,
+    "final_layer.linear.weight": 2,
+}
 _TITLES = ("modelspec.title", "modelspec.architecture", "title", "name")
 
 
@@ -31,17 +39,21 @@ class Native:
         )
         # nobody writes ComfyUI's NVFP4 under diffusers' names
         self.source = located.tensors("transformer", linear_nvfp4=self._diffusers)
-        self._parts: dict[str, dict[int, str]] = {}
-        self._covered: dict[str, int] = {}
+        self._parts: dict[str, dict[int, tuple[str, int]]] = {}  # native -> first part -> stored, parts it covers
         self._unknown: list[str] = []
         for name in self.source:
             self._place(name)
         self.config = self._read_config(located.config)
         self.variant = _variant(self.config, located)
 
+    @property
+    def stored_names(self) -> list[str]:
+        """The stored tensors that make up native ones."""
+        return [part for name in self._parts for part in self.parts(name)]
+
     def parts(self, name: str) -> tuple[str, ...]:
         """The stored tensors whose rows, stacked, are the native tensor `name`."""
-        return tuple(part for _, part in sorted(self._parts[name].items()))
+        return tuple(part for _, (part, _) in sorted(self._parts[name].items()))
 
     def swapped(self, name: str) -> bool:
         """Whether the stored halves stand in the other order."""
@@ -49,6 +61,8 @@ class Native:
 
     def shape(self, name: str) -> tuple[int, ...]:
         shapes = [self.source.shape(part) for part in self.parts(name)]
+        if len(shapes) == 1:
+            return shapes[0]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def format(self, name: str) -> str:
@@ -85,17 +99,21 @@ class Native:
             self._unknown.append(name)
             return
         parts = self._parts.setdefault(native, {})
-        if first in parts:
-            self._unknown.append(name)
-            return
-        parts[first] = name
-        self._covered[native] = self._covered.get(native, 0) + covered
+        # diffusers saves a fused projection together with the parts it no longer reads
+        if covered > 1:
+            for index in range(first, first + covered):
+                parts.pop(index, None)
+        if first not in self._covered_parts(native):
+            parts[first] = (name, covered)
+
+    def _covered_parts(self, name: str) -> set[int]:
+        parts = self._parts.get(name, {})
+        return {index for first, (_, covered) in parts.items() for index in range(first, first + covered)}
 
     def _missing(self, name: str) -> tuple[str, ...]:
+        covered = self._covered_parts(name)
         parts = to_diffusers(name) if self._diffusers else (name,)
-        if self._covered.get(name, 0) >= len(parts):
-            return ()
-        return tuple(part for i, part in enumerate(parts) if i not in self._parts.get(name, {}))
+        return tuple(part for i, part in enumerate(parts) if i not in covered)
 
     def _fits(self, name: str, shape: tuple[int, ...]) -> bool:
         columns = {self.source.shape(part)[1:] for part in self.parts(name)}
@@ -105,8 +123,12 @@ class Native:
         try:
             if config:
                 return FluxConfig.from_diffusers(config)
-            return FluxConfig.from_shapes({name: self.shape(name) for name in self._parts})
-        except (ValueError, TypeError, ZeroDivisionError, IndexError) as error:
+            shapes = {name: self.shape(name) for name in self._parts}
+            for name in _TELLING:
+                if name in shapes and (len(shapes[name]) != _TELLING[name] or 0 in shapes[name]):
+                    raise ValueError(f"{name} is {list(shapes[name])}, expected {_TELLING[name]} dimensions")
+            return FluxConfig.from_shapes(shapes)
+        except (ValueError, TypeError, ZeroDivisionError) as error:
             raise CheckpointError(f"{self._path} does not fit a FLUX.1 transformer: {error}") from None
 
 

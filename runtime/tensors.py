@@ -266,7 +266,8 @@ class Tensors(Mapping[str, "Tensor"]):
         if code == "U8" and len(shape) == 2 and f"{scale}_2" in self._home and says in (None, "nvfp4"):
             return self._nvfp4_layout(name, (shape[0], 2 * shape[1]), str(scale), says)
         if says or scale or (name != module and code not in ("F64", "F32", "F16", "BF16")):
-            raise self._refusal(name, f"{code} data{' with scales' if scale else ''}")
+            what = f"{says} with {code} data" if says else f"{code} data{' with scales' if scale else ''}"
+            raise self._refusal(name, what)
         if name != module and f"{module}.pre_quant_scale" in self._home:
             raise self._refusal(name, f"{code} data with a pre_quant_scale")
         return Layout("plain", shape)
