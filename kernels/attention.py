@@ -27,7 +27,17 @@ from fluxkiln.kernels.compile import Configuration
 from fluxkiln.kernels.formats import FP8_MAX, TINY, Activation, Fp8, Quant
 from fluxkiln.kernels.language import Launch, TensorDescriptor, constexpr, jit, tl
 from fluxkiln.kernels.layers import EPS
-from fluxkiln.kernels.quantize import Empty, fresh, has_e2m1, nbytes, nvfp4_blocks, outputs, pointers
+from fluxkiln.kernels.quantize import (
+    Empty,
+    fp8_codes,
+    fresh,
+    has_e2m1,
+    largest,
+    nbytes,
+    nvfp4_blocks,
+    outputs,
+    pointers,
+)
 
 # --- operands ---------------------------------------------------------------------------------
 
@@ -407,7 +417,7 @@ def _attention_kernel(
     L, split, q_split, blocks,                 # split: where the blocks of v start anew
     H: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, SOFTMAX_SCALE: tl.constexpr,
     STREAMS: tl.constexpr, RAGGED: tl.constexpr, EVEN: tl.constexpr,
-    FP8: tl.constexpr, UNIT_SCALES: tl.constexpr, FORMAT: tl.constexpr, PTX: tl.constexpr,
+    FP8: tl.constexpr, UNIT_SCALES: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr, PTX: tl.constexpr,
     TMA: tl.constexpr, SPECIALIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # One program computes BLOCK_M rows of one head of one image; the grid is (blocks of rows, H, B).
@@ -458,11 +468,11 @@ def _attention_kernel(
         if static_ptr is not None:
             out_scale = tl.load(static_ptr)
         else:
-            out_scale = _largest(v_scale_ptr + b * H * blocks, H * blocks) / (1.0 if FORMAT == "fp8" else 6.0)
+            out_scale = _largest(v_scale_ptr + b * H * blocks, H * blocks) * (448.0 / LARGEST)
         out_scale = tl.zeros((BLOCK_M,), tl.float32) + tl.maximum(out_scale, _TINY)
         tl.store(scale_ptr + out_rows, out_scale, mask=mask_m & (h == 0))
         if FORMAT == "fp8":
-            tl.store(data_ptr + elements + offs_d, (o * (1.0 / out_scale)[:, None]).to(tl.float8e4nv), mask=mask)
+            tl.store(data_ptr + elements + offs_d, fp8_codes(o, out_scale[:, None], LARGEST), mask=mask)
         else:
             codes, block_scale = nvfp4_blocks(o, out_scale, BLOCK_M, D, PTX)
             tl.store(data_ptr + elements // 2 + tl.arange(0, D // 2)[None, :], codes, mask=mask)
@@ -518,8 +528,8 @@ def launch(
     constants = {
         "H": H, "D": D, "EPS": EPS, "SOFTMAX_SCALE": math.log2(math.e) / math.sqrt(D),
         "STREAMS": streams, "RAGGED": split > 0, "EVEN": split % tile.n == 0 and (L - split) % tile.n == 0,
-        "FP8": fp8, "UNIT_SCALES": fp8 and arch == 120, "FORMAT": out.format if out else "dense",
-        "PTX": has_e2m1(tensors[0].device, arch), "TMA": tile.copies == "tma", "SPECIALIZE": tile.specialize,
+        "FP8": fp8, "UNIT_SCALES": fp8 and arch == 120, "TMA": tile.copies == "tma", "SPECIALIZE": tile.specialize,
+        "FORMAT": out.format if out else "dense", "LARGEST": largest(out), "PTX": has_e2m1(tensors[0].device, arch),
         "BLOCK_M": tile.m, "BLOCK_N": tile.n,
     }  # fmt: skip
     grid = (-(-L // tile.m), H, B)

@@ -24,7 +24,7 @@ from fluxkiln.kernels.compile import Configuration
 from fluxkiln.kernels.formats import BLOCK, Activation, Quant
 from fluxkiln.kernels.language import Launch, jit, tl
 from fluxkiln.kernels.layers import EPS, by_stream
-from fluxkiln.kernels.quantize import Empty, fresh, has_e2m1, nbytes, outputs, pointers, store_rows
+from fluxkiln.kernels.quantize import Empty, fresh, has_e2m1, largest, nbytes, outputs, pointers, store_rows
 
 # --- constants and launch table ---------------------------------------------------------------
 
@@ -43,10 +43,13 @@ class Tile:
 TILES = {1024: Tile(1, 1), 2048: Tile(1, 2), 4096: Tile(1, 4), 8192: Tile(1, 8)}
 
 
-def tile(d: int) -> tuple[int, Tile]:
-    """(D rounded up to a power of two, its tile)."""
-    block_d = max(BLOCK, 1 << (d - 1).bit_length())
-    return block_d, TILES[max(block_d, min(TILES))]
+def power_of_two(d: int) -> int:
+    """The least power of two that holds d, and a block of NVFP4."""
+    return max(BLOCK, 1 << (d - 1).bit_length())
+
+
+def pick(d: int) -> Tile:
+    return TILES[max(power_of_two(d), min(TILES))]
 
 
 # --- contract ---------------------------------------------------------------------------------
@@ -105,16 +108,17 @@ def _norm_modulate_kernel(
     stride_cb, stride_cs,      # scale  [B, S, D]
     data_ptr, row_scale_ptr, block_scale_ptr, row_norm_ptr, dense_ptr, static_ptr,
     L, split,
-    D: tl.constexpr, EPS: tl.constexpr, FORMAT: tl.constexpr, PTX: tl.constexpr,
+    D: tl.constexpr, EPS: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr, PTX: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # One program normalizes ROWS rows of one stream of one image; the grid is (tiles of text and image, B).
     tile = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     text_tiles = tl.cdiv(split, ROWS)
-    stream = (tile >= text_tiles) & (split > 0)
-    first = tl.where(stream, split + (tile - text_tiles) * ROWS, tile * ROWS)
-    end = tl.where(stream | (split == 0), L, split)
+    image = tile >= text_tiles
+    stream = image.to(tl.int32)
+    first = tl.where(image, split + (tile - text_tiles) * ROWS, tile * ROWS)
+    end = tl.where(image, L, split)
     rows = first.to(tl.int64) + tl.arange(0, ROWS)
     mask_rows = rows < end
     offs_d = tl.arange(0, BLOCK_D)
@@ -126,16 +130,19 @@ def _norm_modulate_kernel(
     shift = tl.load(shift_ptr + b * stride_hb + stream * stride_hs + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + b * stride_cb + stream * stride_cs + offs_d, mask=mask_d, other=0.0).to(tl.float32)
 
-    mean = tl.sum(x, axis=1) / D
-    # The row is in registers, so centre first: E[x^2] - mean^2 cancels when |mean| >> std.
+    # The row is in registers, so centre first: E[x^2] - mean^2 cancels when |mean| >> std. A constant row makes the
+    # mean's last bit a thousand times as large; 16-bit numbers sum and divide exactly there, fp32 takes a second look.
+    mean = tl.div_rn(tl.sum(x, axis=1), tl.full((ROWS,), D, tl.float32))
     centred = tl.where(mask, x - mean[:, None], 0.0)
+    if x_ptr.dtype.element_ty == tl.float32:
+        centred = tl.where(mask, centred - (tl.sum(centred, axis=1) / D)[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + EPS)
     y = centred * rstd[:, None] * (1.0 + scale)[None, :] + shift[None, :]  # zero past D, as shift is
 
     store_rows(
         y, b * L + rows, mask_rows,
         data_ptr, row_scale_ptr, block_scale_ptr, row_norm_ptr, dense_ptr, static_ptr,
-        D, FORMAT, PTX, ROWS, BLOCK_D,
+        D, FORMAT, LARGEST, PTX, ROWS, BLOCK_D,
     )  # fmt: skip
 
 
@@ -144,25 +151,25 @@ def _norm_modulate_kernel(
 
 def launch(
     x: Tensor, shift: Tensor, scale: Tensor, split: int, out: Quant | None = None, *, arch: int,
-    empty: Empty | None = None,
+    empty: Empty | None = None, tile: Tile | None = None,
 ) -> tuple[Activation, list[Launch]]:  # fmt: skip
-    """The output and the launches that fill it; `empty` gives the output's buffers."""
+    """The output and the launches that fill it; `empty` gives the output's buffers, `tile` overrules the table."""
     B, L, D = x.shape
     split = split if shift.shape[1] == 2 else 0
     y = outputs(out, (B, L, D), x.dtype, empty or fresh(x.device))
-    block_d, t = tile(D)
+    t = tile or pick(D)
     grid = (-(-split // t.rows) + -(-(L - split) // t.rows), B)
     args = (
         x, shift, scale,
         x.stride(0), x.stride(1),
-        shift.stride(0), shift.stride(1),
-        scale.stride(0), scale.stride(1),
+        shift.stride(0), shift.stride(1) * (shift.shape[1] - 1),  # one stream: its row for all
+        scale.stride(0), scale.stride(1) * (scale.shape[1] - 1),
         *pointers(y, out),
         L, split,
     )  # fmt: skip
     constants = {
-        "D": D, "EPS": EPS, "FORMAT": out.format if out else "dense", "PTX": has_e2m1(x.device, arch),
-        "ROWS": t.rows, "BLOCK_D": block_d,
+        "D": D, "EPS": EPS, "FORMAT": out.format if out else "dense", "LARGEST": largest(out),
+        "PTX": has_e2m1(x.device, arch), "ROWS": t.rows, "BLOCK_D": power_of_two(D),
     }  # fmt: skip
     return y, [Launch(_norm_modulate_kernel, grid, args, constants | {"num_warps": t.warps, "num_stages": 1})]
 
@@ -171,7 +178,7 @@ def configurations(arch: int) -> Iterator[Configuration]:
     D = 3072
     x: Any = torch.empty(1, 4608, D, dtype=torch.bfloat16, device="meta")
     mods: Any = torch.empty(1, 2, 6, D, dtype=torch.bfloat16, device="meta")
-    t = tile(D)[1]
+    t = pick(D)
     for format in ("bf16", "fp8", "nvfp4") if arch >= 100 else ("bf16", "fp8"):
         out = None if format == "bf16" else Quant(format, "row")
         run = launch(x, mods[:, :, 0], mods[:, :, 1], 512, out, arch=arch)[1][0]

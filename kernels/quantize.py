@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fluxkiln.kernels import formats
 from fluxkiln.kernels.compile import Configuration
-from fluxkiln.kernels.formats import BLOCK, TINY, Activation, Fp8, Nvfp4, Quant
+from fluxkiln.kernels.formats import BLOCK, NVFP4_MAX, TINY, Activation, Fp8, Nvfp4, Quant
 from fluxkiln.kernels.language import Launch, constexpr, jit, tl
 
 # --- constants and launch table ---------------------------------------------------------------
@@ -93,6 +93,15 @@ def _e2m1(x):
 
 
 @jit
+def fp8_codes(y, scale, PEAK: tl.constexpr):
+    """e4m3 of `y / scale`: to nearest even, saturating at `PEAK`."""
+    codes = y * (1.0 / scale)
+    if PEAK < 448.0:  # at 448 the conversion saturates by itself
+        codes = tl.clamp(codes, -PEAK, PEAK, propagate_nan=tl.PropagateNan.ALL)
+    return codes.to(tl.float8e4nv)
+
+
+@jit
 def nvfp4_blocks(y, global_scale, M: tl.constexpr, N: tl.constexpr, PTX: tl.constexpr):
     """Codes `[M, N / 2]` uint8 and block scales `[M, N / 16]` e4m3 of `y [M, N]` fp32, given `global_scale [M]`."""
     blocks = tl.reshape(y, (M, N // 16, 16))
@@ -111,7 +120,8 @@ def store_rows(
     y, rows, mask_rows,        # [ROWS, BLOCK_K] fp32, zero past K; int64 row numbers in the contiguous outputs
     data_ptr, scale_ptr, block_scale_ptr, row_norm_ptr, dense_ptr,
     static_ptr,                # calibrated scale, or None: each row's largest magnitude
-    K: tl.constexpr, FORMAT: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    K: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr, PTX: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Write whole rows as `FORMAT`, with all that their reader wants; a pointer is None where it does not."""
     offs_k = tl.arange(0, BLOCK_K)
@@ -126,12 +136,11 @@ def store_rows(
         if static_ptr is not None:
             scale = tl.zeros((ROWS,), tl.float32) + tl.load(static_ptr)
         else:
-            LARGEST: tl.constexpr = 448.0 if FORMAT == "fp8" else 2688.0
             scale = tl.max(tl.abs(y), axis=1) / LARGEST
         scale = tl.maximum(scale, _TINY)
         tl.store(scale_ptr + rows, scale, mask=mask_rows)
         if FORMAT == "fp8":
-            codes = (y * (1.0 / scale)[:, None]).to(tl.float8e4nv)
+            codes = fp8_codes(y, scale[:, None], LARGEST)
             tl.store(data_ptr + rows[:, None] * K + offs_k[None, :], codes, mask=mask)
         else:
             codes, block_scale = nvfp4_blocks(y, scale, ROWS, BLOCK_K, PTX)
@@ -147,7 +156,7 @@ def store_rows(
 def _quantize_kernel(
     x_ptr, stride_xb, stride_xl,            # x  [B, L, K], K contiguous
     data_ptr, scale_ptr, block_scale_ptr, row_norm_ptr, dense_ptr, static_ptr,
-    K: tl.constexpr, FORMAT: tl.constexpr, PTX: tl.constexpr, BLOCK_K: tl.constexpr,
+    K: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr, PTX: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # One program quantises one row; the grid is (L, B).
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
@@ -159,7 +168,7 @@ def _quantize_kernel(
     store_rows(
         y, b * tl.num_programs(0) + row, row >= 0,
         data_ptr, scale_ptr, block_scale_ptr, row_norm_ptr, dense_ptr, static_ptr,
-        K, FORMAT, PTX, 1, BLOCK_K,
+        K, FORMAT, LARGEST, PTX, 1, BLOCK_K,
     )  # fmt: skip
 
 
@@ -190,6 +199,11 @@ def pointers(y: Activation, quant: Quant | None) -> tuple[Tensor | None, ...]:
     return y.data, scale, block_scale, y.row_norm, y.dense, quant.scale
 
 
+def largest(quant: Quant | None) -> float:
+    """What the largest magnitude of a row becomes, in units of its FP8 or global scale."""
+    return NVFP4_MAX if quant and quant.format == "nvfp4" else quant.peak if quant else 0.0
+
+
 def has_e2m1(device: torch.device, arch: int) -> bool:
     """Whether the e2m1 conversion is an instruction; the interpreter runs no machine code."""
     return arch >= 100 and device.type != "cpu"
@@ -202,7 +216,9 @@ def launch(x: Tensor, quant: Quant, *, arch: int, empty: Empty | None = None) ->
     y = outputs(quant, tuple(x.shape), x.dtype, empty or fresh(x.device))
     block_k = max(BLOCK, 1 << (K - 1).bit_length())
     args = (rows, rows.stride(0), rows.stride(1), *pointers(y, quant))
-    constants = {"K": K, "FORMAT": quant.format, "PTX": has_e2m1(x.device, arch), "BLOCK_K": block_k}
+    constants = {
+        "K": K, "FORMAT": quant.format, "LARGEST": largest(quant), "PTX": has_e2m1(x.device, arch), "BLOCK_K": block_k,
+    }  # fmt: skip
     return y, [Launch(_quantize_kernel, (L, B), args, constants | {"num_warps": warps(block_k), "num_stages": 1})]
 
 
