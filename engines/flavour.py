@@ -1,0 +1,83 @@
+"""TensorRT and TensorRT-RTX behind one name: the common API, and what only one of them has.
+
+TensorRT-RTX builds engines for GeForce and RTX cards (sm_75 to sm_121), on a machine without a GPU too. TensorRT builds
+on the GPU that will run the engine, data centre cards included.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FlavourName = Literal["tensorrt_rtx", "tensorrt"]
+
+PACKAGE = {"tensorrt_rtx": "pip install 'tensorrt-rtx>=1.7'", "tensorrt": "pip install 'tensorrt>=10.13'"}
+# What TensorRT-RTX can be told to build for: sm -> member of its ComputeCapability.
+RTX_TARGETS = {"sm_75": "SM75", "sm_80": "SM80", "sm_86": "SM86", "sm_89": "SM89", "sm_120": "SM120", "sm_121": "SM121"}
+
+
+class MissingFlavour(ImportError):
+    """The Python package of a TensorRT flavour is not installed."""
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One installed TensorRT.
+
+    Attributes:
+        name: of the import package.
+        api: the package.
+        version: of the package; an engine of TensorRT-RTX runs with exactly this one.
+    """
+
+    name: FlavourName
+    api: Any
+    version: str
+
+    @property
+    def ahead_of_time(self) -> bool:
+        """Whether it builds for a named architecture without that GPU."""
+        return hasattr(self.api, "ComputeCapability")
+
+
+@functools.cache
+def flavour(name: FlavourName = "tensorrt_rtx") -> Flavour:
+    """The installed flavour of that name.
+
+    Raises:
+        MissingFlavour: it is not installed; the message says how to.
+    """
+    try:
+        api = importlib.import_module(name)
+    except ImportError as error:
+        raise MissingFlavour(f"{name} is not installed ({error}): {PACKAGE[name]}") from error
+    return Flavour(name, api, api.__version__)
+
+
+class Log:
+    """The one logger that TensorRT keeps for a process, and who listens to it.
+
+    The first logger a process makes is the one that speaks ever after: so there is one, and listeners come and go.
+    """
+
+    def __init__(self, api: Any) -> None:
+        outer = self
+
+        class Logger(api.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                api.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                for listener in outer.listeners:
+                    listener(severity.name, message)
+
+        self.listeners: list[Callable[[str, str], None]] = []
+        self.logger = Logger()
+
+
+@functools.cache
+def log(name: FlavourName = "tensorrt_rtx") -> Log:
+    return Log(flavour(name).api)

@@ -1,0 +1,269 @@
+"""From a traced graph and its weights to a TensorRT engine, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from onnx import TensorProto
+from torch import Tensor
+
+from fluxkiln.config import TOKEN_PIXELS
+from fluxkiln.engines.flavour import RTX_TARGETS, Flavour, flavour, log
+from fluxkiln.export.graph import Parameter, Traced
+from fluxkiln.export.structure import HEADER, Structure, StructureError, check, read_listing
+
+BITS = {TensorProto.FLOAT: 32, TensorProto.BFLOAT16: 16, TensorProto.FLOAT8E4M3FN: 8, TensorProto.FLOAT4E2M1: 4}
+SPARE = 2**31  # bytes a build takes beside the weights: graph, kernels, the builder itself
+
+
+class BuildError(RuntimeError):
+    """TensorRT did not build the engine; the message holds what it said."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Sizes an engine accepts: (least, best, most) of the batch, the image tokens (references too), the text tokens."""
+
+    batch: tuple[int, int, int] = (1, 1, 1)
+    image: tuple[int, int, int] = (256, 4096, 16384 + 2 * 4116)
+    text: tuple[int, int, int] = (1, 512, 512)
+
+    @classmethod
+    def of(
+        cls, largest: tuple[int, int] = (2048, 2048), references: int = 2, batch: int = 1, text: int = 512
+    ) -> Profile:
+        """For images from 256 x 256 to `largest` pixels with up to so many references of Kontext's preferred sizes.
+
+        A preferred size has at most 4,116 tokens (672 x 1568 pixels).
+        """
+        most = math.prod(side // TOKEN_PIXELS for side in largest) + references * 4116
+        return cls((1, 1, batch), (min(256, most), min(4096, most), most), (1, text, text))
+
+    def shapes(self, inputs: Mapping[str, tuple[int | str, ...]]) -> dict[str, list[tuple[int, ...]]]:
+        """Input name -> its three shapes."""
+        sizes: dict[int | str, tuple[int, int, int]] = {"batch": self.batch, "img": self.image, "txt": self.text}
+        return {
+            name: [tuple(sizes[d][i] if d in sizes else int(d) for d in shape) for i in range(3)]
+            for name, shape in inputs.items()
+        }
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine and what it is.
+
+    Attributes:
+        plan: the engine's bytes.
+        structure: what it runs.
+        seconds: the build took.
+        weights: `inside`, or `refit`: the engine has names for them and they are supplied when it is loaded.
+        messages: warnings and errors of the builder.
+    """
+
+    plan: memoryview
+    structure: Structure
+    seconds: float
+    weights: Literal["inside", "refit"]
+    messages: tuple[str, ...]
+
+
+def nbytes(parameters: Iterable[Parameter]) -> int:
+    return sum(size(parameter) for parameter in parameters)
+
+
+def size(parameter: Parameter) -> int:
+    return math.prod(parameter.shape) * BITS[parameter.element] // 8
+
+
+def memory_needed(traced: Traced, weights: Literal["inside", "refit"]) -> int:
+    """Bytes of memory that a build takes at most: the weights and the engine that holds them, or neither."""
+    return SPARE + (2 * nbytes(traced.parameters.values()) if weights == "inside" else 0)
+
+
+def refuse(precision: str, arch: str, name: Flavour) -> str | None:
+    """Why an engine of this precision cannot be built for this architecture, or None."""
+    if name.ahead_of_time and arch not in RTX_TARGETS:
+        return (
+            f"TensorRT-RTX builds for {', '.join(RTX_TARGETS)}, not {arch}: on a data centre GPU use backend triton, "
+            "or build with --flavour tensorrt on that machine"
+        )
+    number = int(arch.removeprefix("sm_"))
+    if precision == "nvfp4" and number < 100:
+        return f"NVFP4 needs Blackwell (sm_120); {arch} has no FP4 instructions: build fp8 for it"
+    if precision == "fp8" and number < 89:
+        return f"FP8 needs Ada (sm_89) or newer; {arch} has no FP8 instructions: build bf16 for it"
+    return None
+
+
+def build(
+    traced: Traced,
+    arch: str,
+    profile: Profile,
+    values: Iterable[tuple[str, Tensor]] | None = None,
+    *,
+    name: Literal["tensorrt_rtx", "tensorrt"] = "tensorrt_rtx",
+    progress: Callable[[str, int, int], None] | None = None,
+    fallback: bool = False,
+) -> Built:
+    """Build an engine.
+
+    Args:
+        traced: the graph.
+        arch: the GPU's architecture, `sm_89`, `sm_120`, ...
+        profile: sizes it accepts.
+        values: name and tensor of every parameter, built into the engine; None builds an engine without weights,
+            which takes a fraction of the memory and is supplied with them when it is loaded.
+        name: of the flavour.
+        progress: called with (phase, step, steps).
+        fallback: accept an engine in which products fell back to another format; its structure says which.
+
+    Raises:
+        BuildError: TensorRT refused; nothing is left behind.
+        StructureError: it built something else than was asked for.
+    """
+    trt = flavour(name).api
+    said: list[tuple[str, str]] = []
+    speaker = log(name)
+    speaker.listeners.append(lambda severity, message: said.append((severity, message)))
+    start = time.perf_counter()
+    try:
+        builder = trt.Builder(speaker.logger)
+        network = builder.create_network(0)
+        parser = trt.OnnxParser(network, speaker.logger)
+        held = _load(parser, traced, values)
+        if not parser.parse_model_proto():
+            raise BuildError(_errors(said, [str(parser.get_error(i)) for i in range(parser.num_errors)]))
+        if values is None:
+            _hollow(trt, network, traced.parameters)
+        config = builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # lists the kernels with their types
+        if values is None:
+            config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+            config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        if progress is not None:
+            config.progress_monitor = _monitor(trt, progress)
+        optimization = builder.create_optimization_profile()
+        for tensor, shapes in profile.shapes(_inputs(traced)).items():
+            optimization.set_shape(tensor, *shapes)
+        config.add_optimization_profile(optimization)
+        if flavour(name).ahead_of_time:
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(getattr(trt.ComputeCapability, RTX_TARGETS[arch]), 0)
+        plan = builder.build_serialized_network(network, config)
+        del held
+        if plan is None:
+            raise BuildError(_errors(said, []))
+    finally:
+        speaker.listeners.pop()
+    listing = next((message for _, message in reversed(said) if message.startswith(HEADER)), "")
+    structure = check(read_listing(listing), traced.products, traced.attentions)
+    if structure.fallen and not fallback:
+        first, (asked, found) = next(iter(structure.fallen.items()))
+        raise StructureError(
+            f"{len(structure.fallen)} of {len(traced.products)} products fell back: {first} was asked for in {asked} "
+            f"and was built in {found}"
+        )
+    messages = tuple(f"{severity}: {message}" for severity, message in said if severity in ("WARNING", "ERROR"))
+    weights: Literal["inside", "refit"] = "refit" if values is None else "inside"
+    return Built(memoryview(plan), structure, time.perf_counter() - start, weights, messages)
+
+
+def _load(parser: Any, traced: Traced, values: Iterable[tuple[str, Tensor]] | None) -> list[Any]:
+    """Hand graph and weights to the parser; what it returns must outlive the build."""
+    if not parser.load_model_proto(traced.proto.SerializeToString()):
+        raise BuildError("TensorRT did not accept the graph")
+    if values is None:
+        values = _blank(traced.parameters)
+    held = []
+    for name, tensor in values:
+        if not parser.load_initializer(name, tensor.data_ptr(), tensor.nbytes):
+            raise BuildError(f"TensorRT did not take the weight {name} of {tensor.nbytes} bytes")
+        held.append(tensor)
+    return held
+
+
+def _blank(parameters: Mapping[str, Parameter]) -> Iterator[tuple[str, Tensor]]:
+    """Zeros for every parameter, at addresses of their own since TensorRT knows weights by address.
+
+    They are never read, and pages of a sparse file that are not read take no memory.
+    """
+    with tempfile.TemporaryFile() as file:
+        file.truncate(sum(_aligned(size(parameter)) for parameter in parameters.values()))
+        blank = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+    start = 0
+    for name, parameter in parameters.items():
+        yield name, blank[start : start + size(parameter)]
+        start += _aligned(size(parameter))
+
+
+def _aligned(count: int) -> int:
+    return -(-count // 256) * 256
+
+
+def _hollow(trt: Any, network: Any, parameters: Mapping[str, Parameter]) -> None:
+    """Replace the constant of every parameter by one without data, which a refit fills by the parameter's name."""
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    hollow = {}
+    for layer in layers:
+        if layer.type == trt.LayerType.CONSTANT and layer.name in parameters:
+            old = layer.get_output(0)
+            new = network.add_constant(
+                tuple(old.shape), trt.Weights(old.dtype, 0, math.prod(parameters[layer.name].shape))
+            )
+            new.__class__ = trt.IConstantLayer
+            network.set_weights_name(new.weights, refit_name(layer.name))
+            network.mark_weights_refittable(refit_name(layer.name))
+            hollow[old.name] = new.get_output(0)
+    if len(hollow) != len(parameters):
+        raise BuildError(
+            f"{len(parameters) - len(hollow)} of {len(parameters)} weights are no constants of the network"
+        )
+    for layer in layers:
+        for i in range(layer.num_inputs):
+            tensor = layer.get_input(i)
+            if tensor is not None and tensor.name in hollow:
+                layer.set_input(i, hollow[tensor.name])
+
+
+def refit_name(parameter: str) -> str:
+    """Name of a parameter in an engine without weights; the plain one is taken by the constant it replaces."""
+    return f"{parameter}.refit"
+
+
+def _inputs(traced: Traced) -> dict[str, tuple[int | str, ...]]:
+    return {
+        value.name: tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
+        for value in traced.proto.graph.input
+    }
+
+
+def _errors(said: Iterable[tuple[str, str]], parser: list[str]) -> str:
+    """What TensorRT complained about, shortest form first."""
+    errors = parser or [message for severity, message in said if severity in ("ERROR", "INTERNAL_ERROR")]
+    return "TensorRT did not build the engine: " + ("; ".join(dict.fromkeys(errors[-3:])) or "it did not say why")
+
+
+def _monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str, steps: int) -> None:
+            self.steps[phase] = steps
+
+        def phase_finish(self, phase: str) -> None:
+            progress(phase, self.steps[phase], self.steps[phase])
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            progress(phase, step, self.steps[phase])
+            return True
+
+    return Monitor()
