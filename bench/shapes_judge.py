@@ -1,0 +1,478 @@
+"""Does a picture show the scene that was asked for? Measured from its pixels, by geometry, without a network.
+
+    background   the plain, striped or gradient hypothesis that explains the frame; the rest is what it leaves over
+    things       connected pixels that are not background, split where two colours meet that are not stripes
+    each thing   colour by majority; shape, centre and radius by the best overlap among the six outlines
+    word         the dots of each letter's cell against the letters' patterns
+
+`judge` compares that with a `Scene` and says for each attribute whether it is right. Nothing here draws a scene.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxkiln.bench.shapes_scene import (
+    COLORS,
+    FONT,
+    LETTER_CELL,
+    LETTER_DOT,
+    SHAPES,
+    STRIPES,
+    THING_STRIPE,
+    Background,
+    Scene,
+    Thing,
+    outline,
+)
+
+Pixels = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+
+BORDER = 0.035  # width of the frame in which the background is recognised, over the shorter side
+BACKGROUND_ERROR = 22.0  # mean RGB distance of the frame from its background, at most
+NOT_BACKGROUND = 40.0  # RGB distance from which a pixel is something else; any two legible colours are 75 apart
+SPECK = 0.004  # of the area: less than that is dirt, and more dirt than that in all is a fault
+SHAPE_OVERLAP = 0.80  # intersection over union with the ideal outline, at least
+RADIUS_RATIO = 1.16  # halfway (in logarithms) to the next size
+PLACE = 0.09  # of the sides: less than halfway to the next of the nine cells
+UNCHANGED_PSNR = 30.0  # dB, of what an edit should have left alone
+
+_NAMES = list(COLORS)
+_PALETTE = np.array([COLORS[name] for name in _NAMES], np.float32)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One thing as measured; the units are those of `Thing`."""
+
+    shape: str
+    color: str
+    radius: float
+    x: float
+    y: float
+    style: str
+    overlap: float
+    mask: Mask = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was right. `checks` has an entry for each attribute that the scene asks for."""
+
+    checks: dict[str, bool]
+    background: Background | None
+    things: tuple[Found, ...]
+    word: str | None = None
+    unchanged_psnr: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        return all(self.checks.values())
+
+
+# -- background -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def _hypotheses() -> tuple[Background, ...]:
+    pairs = itertools.permutations(_NAMES, 2)
+    return (
+        *(Background("plain", c) for c in _NAMES),
+        *(Background(k, *p) for p in pairs for k in ("striped", "gradient")),
+    )
+
+
+def _expected(background: Background, height: int, width: int) -> tuple[NDArray[np.float32], Mask]:
+    """Colour of every pixel `[H, W, 3]`, and the columns `[W]` on a stripe's edge, where it is a mixture."""
+    first, last = (np.array(COLORS[background.colors[i]], np.float32) for i in (0, -1))
+    if background.kind == "gradient":
+        weight = ((np.arange(height) + 0.5) / height)[:, None, None]
+        return np.broadcast_to((1 - weight) * first + weight * last, (height, width, 3)), np.zeros(width, bool)
+    if background.kind == "plain":
+        return np.broadcast_to(first, (height, width, 3)), np.zeros(width, bool)
+    place = (np.arange(width) + 0.5) * STRIPES / width
+    columns = np.where((place.astype(int) % 2 == 0)[:, None], first, last)
+    edge = np.abs(place - np.rint(place)) * width / STRIPES < 1.01
+    edge &= (np.rint(place) > 0) & (np.rint(place) < STRIPES)
+    return np.broadcast_to(columns, (height, width, 3)), edge
+
+
+def find_background(pixels: Pixels) -> Background | None:
+    """The background that explains the picture's frame, None when none does."""
+    height, width, _ = pixels.shape
+    margin = max(2, round(BORDER * min(height, width)))
+    frame = np.ones((height, width), bool)
+    frame[margin:-margin, margin:-margin] = False
+    best, best_error = None, math.inf
+    for background in _hypotheses():
+        colors, edge = _expected(background, height, width)
+        use = frame & ~edge
+        distance = np.linalg.norm(pixels[use] - colors[use], axis=1)
+        error = float(np.minimum(distance, 120.0).mean())  # a thing that reaches into the frame counts, but not fully
+        if error < best_error:
+            best, best_error = background, error
+    return best if best_error <= BACKGROUND_ERROR else None
+
+
+# -- things ---------------------------------------------------------------------------------------------------------
+
+
+def components(mask: Mask) -> list[Mask]:
+    """Connected regions (4 neighbours), largest first."""
+    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    while True:  # spread the largest label of each region until nothing changes
+        grown = labels.copy()
+        grown[1:] = np.maximum(grown[1:], labels[:-1])
+        grown[:-1] = np.maximum(grown[:-1], labels[1:])
+        grown[:, 1:] = np.maximum(grown[:, 1:], labels[:, :-1])
+        grown[:, :-1] = np.maximum(grown[:, :-1], labels[:, 1:])
+        grown[~mask] = 0
+        if (grown == labels).all():
+            break
+        labels = grown
+    regions = [labels == value for value in np.unique(labels) if value]
+    return sorted(regions, key=lambda region: -int(region.sum()))
+
+
+def _shifted(mask: Mask, fill: bool) -> NDArray[np.bool_]:
+    """The nine 3 x 3 neighbours of every pixel, `[9, H, W]`."""
+    padded = np.pad(mask, 1, constant_values=fill)
+    h, w = mask.shape
+    return np.stack([padded[i : i + h, j : j + w] for i in range(3) for j in range(3)])
+
+
+def erode(mask: Mask) -> Mask:
+    return _shifted(mask, False).all(0)
+
+
+def dilate(mask: Mask) -> Mask:
+    return _shifted(mask, False).any(0)
+
+
+def fill(mask: Mask) -> Mask:
+    """The mask with its holes: what cannot be reached from outside without crossing it."""
+    outside = np.pad(~mask, 1, constant_values=True)
+    frame = np.zeros_like(outside)
+    frame[0] = frame[-1] = frame[:, 0] = frame[:, -1] = True
+    reached = frame
+    while True:
+        grown = reached.copy()
+        grown[1:] |= reached[:-1]
+        grown[:-1] |= reached[1:]
+        grown[:, 1:] |= reached[:, :-1]
+        grown[:, :-1] |= reached[:, 1:]
+        grown &= outside
+        if (grown == reached).all():
+            return ~reached[1:-1, 1:-1]
+        reached = grown
+
+
+def _coverage(corners: list[tuple[float, float]], height: int, width: int) -> NDArray[np.float32]:
+    """Share of every pixel inside a polygon, from 3 x 3 points a pixel and the even-odd rule."""
+    xs, ys = ((np.arange(3 * n) + 0.5) / 3 for n in (width, height))
+    inside = np.zeros((3 * height, 3 * width), bool)
+    for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
+        if y0 == y1:
+            continue
+        crosses = (ys < y0) != (ys < y1)
+        at = x0 + (ys - y0) / (y1 - y0) * (x1 - x0)
+        inside ^= crosses[:, None] & (xs[None, :] < at[:, None])
+    return inside.reshape(height, 3, width, 3).mean((1, 3), dtype=np.float32)
+
+
+@cache
+def _unit(shape: str) -> tuple[float, float, float]:
+    """Area and centroid of a shape of radius 1 around the origin."""
+    corners = outline(shape, 0.0, 0.0, 1.0)
+    area = cx = cy = 0.0
+    for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
+        cross = x0 * y1 - x1 * y0
+        area += cross / 2
+        cx += (x0 + x1) * cross / 6
+        cy += (y0 + y1) * cross / 6
+    return abs(area), cx / area, cy / area
+
+
+def fit_shape(cover: NDArray[np.float32]) -> tuple[str, float, float, float, float]:
+    """Best shape of a region given as coverage `[H, W]` in 0..1: name, x, y, radius (pixels), overlap 0..1."""
+    height, width = cover.shape
+    area = float(cover.sum())
+    x = float((cover.sum(0) * (np.arange(width) + 0.5)).sum() / area)
+    y = float((cover.sum(1) * (np.arange(height) + 0.5)).sum() / area)
+    best = (SHAPES[0], x, y, 0.0, -1.0)
+    for shape in SHAPES:
+        unit_area, cx, cy = _unit(shape)
+        radius = math.sqrt(area / unit_area)
+        at = (x - cx * radius, y - cy * radius)
+        ideal = _coverage(outline(shape, *at, radius), height, width)
+        overlap = float(np.minimum(ideal, cover).sum() / np.maximum(ideal, cover).sum())
+        if overlap > best[-1]:
+            best = (shape, *at, radius, overlap)
+    return best
+
+
+def _colors_in(pixels: Pixels, region: Mask) -> tuple[NDArray[np.int64], list[int]]:
+    """Nearest palette entry of every pixel, and the entries that are more than the blur between two others."""
+    labels = np.linalg.norm(pixels[:, :, None].astype(np.float32) - _PALETTE, axis=-1).argmin(-1)
+    area = region.sum()
+    solid = []
+    for value in np.unique(labels[region]):
+        part = region & (labels == value)
+        if part.sum() >= 0.03 * area and (erode(part).any() or area < 60):
+            solid.append(int(value))
+    return labels, solid
+
+
+def _stripes(labels: NDArray[np.int64], region: Mask) -> tuple[int, int] | None:
+    """(own colour, colour between) if the region is made of horizontal stripes with white or black between."""
+    counts = np.bincount(labels[region], minlength=len(_NAMES))
+    pair = [int(value) for value in np.argsort(-counts)[:2]]
+    pale = [value for value in pair if _NAMES[value] in ("white", "black")]
+    if not pale or counts[pair[1]] < 0.15 * region.sum():
+        return None
+    shortest = max(2, round(min(region.shape) * THING_STRIPE / 2))  # a blurred rim is thinner
+    runs: list[tuple[int, int]] = []  # (colour, rows) from top to bottom
+    for y in np.flatnonzero(region.any(1)):
+        row = np.bincount(labels[y][region[y]], minlength=len(_NAMES))[pair]
+        if row.max() >= 0.7 * row.sum():
+            winner = int(row.argmax())
+            runs[-1:] = [(winner, runs[-1][1] + 1)] if runs and runs[-1][0] == winner else [*runs[-1:], (winner, 1)]
+    bands = [winner for winner, length in runs if length >= shortest]
+    if sum(a != b for a, b in itertools.pairwise(bands)) < 2:
+        return None
+    if len(pale) == 1:
+        return next(value for value in pair if value not in pale), pale[0]
+    middle = round(float(np.flatnonzero(region.any(1)).mean()))  # the middle stripe has the thing's own colour
+    own = pair[int(np.bincount(labels[middle][region[middle]], minlength=len(_NAMES))[pair].argmax())]
+    return own, pair[1 - pair.index(own)]
+
+
+def _measure(
+    pixels: Pixels, region: Mask, paint: tuple[int, ...], colors: NDArray[np.float32], style: str | None = None
+) -> Found:
+    """Shape, place and size of a region painted in one colour, or in two when striped, before `colors`."""
+    height, width = region.shape
+    whole = fill(region)
+    if style is None:
+        style = "outlined" if whole.sum() > 1.12 * region.sum() else "plain"
+    # Soften the rim by how far each pixel is on the way from the background to the paint.
+    rim = dilate(region) & ~erode(region) & dilate(~whole)
+    ways = [_PALETTE[color] - colors for color in paint]
+    shares = [((pixels - colors) * way).sum(-1) / np.maximum((way * way).sum(-1), 1) for way in ways]
+    cover = np.where(rim, np.clip(np.max(shares, axis=0), 0, 1), whole).astype(np.float32)
+    shape, x, y, radius, overlap = fit_shape(cover)
+    return Found(shape, _NAMES[paint[0]], radius / min(height, width), x / width, y / height, style, overlap, whole)
+
+
+def _measure_part(
+    pixels: Pixels, part: Mask, region: Mask, labels: NDArray[np.int64], color: int, colors: NDArray[np.float32]
+) -> Found:
+    """`_measure` for one of several colours of a region: where it is enclosed by another, that is its background."""
+    whole = fill(part)
+    around = dilate(whole) & ~whole
+    under = colors
+    if (around & region).sum() > 0.8 * around.sum():
+        behind = np.bincount(labels[dilate(around) & ~whole & region], minlength=len(_NAMES)).argmax()
+        under = np.broadcast_to(_PALETTE[behind], colors.shape)
+    return _measure(pixels, part, (color,), under, "plain" if whole.sum() > part.sum() else None)
+
+
+def find_things(pixels: Pixels, background: Background) -> tuple[list[Found], float]:
+    """Everything in front of the background, and the share of the picture that is dirt."""
+    height, width, _ = pixels.shape
+    colors, edge = _expected(background, height, width)
+    different = np.linalg.norm(pixels - colors, axis=-1) > NOT_BACKGROUND
+    if edge.any():  # a stripe's edge belongs to what is on both sides of it
+        columns = np.flatnonzero(~edge)
+        left = columns[np.maximum(np.searchsorted(columns, np.arange(width), "right") - 1, 0)]
+        right = columns[np.minimum(np.searchsorted(columns, np.arange(width), "left"), len(columns) - 1)]
+        different = different[:, left] & different[:, right]
+    smallest = SPECK * height * width
+    found, dirt = [], 0.0
+    for region in components(different):
+        if region.sum() < smallest:
+            dirt += float(region.sum())
+            continue
+        labels, solid = _colors_in(pixels, region)
+        if stripes := _stripes(labels, region):
+            found.append(_measure(pixels, region, stripes, colors, "striped"))
+        elif not solid:
+            dirt += float(region.sum())
+        elif len(solid) == 1:
+            found.append(_measure(pixels, region, (solid[0],), colors))
+        else:  # things that touch, or one in front of another
+            for value in solid:
+                for part in components(region & (labels == value)):
+                    if part.sum() >= smallest and erode(part).any():
+                        found.append(_measure_part(pixels, part, region, labels, value, colors))
+    return found, dirt / (height * width)
+
+
+# -- words ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _glyphs() -> tuple[list[str], NDArray[np.float32]]:
+    bits = [[[row >> (4 - c) & 1 for c in range(5)] for row in rows] for rows in FONT.values()]
+    return list(FONT), np.array(bits, np.float32)
+
+
+def read_word(pixels: Pixels, background: Background) -> tuple[str, str | None]:
+    """The word in the middle and the colour it is written in; letters that are no letter read as "?"."""
+    height, width, _ = pixels.shape
+    side = min(height, width)
+    ground = _PALETTE[_NAMES.index(background.color)]
+    distance = np.linalg.norm(pixels - ground, axis=-1)
+    ink_pixels = distance > 60
+    if not ink_pixels.any():
+        return "", None
+    strong = pixels[distance >= np.quantile(distance[ink_pixels], 0.6)].astype(np.float32)
+    votes = np.linalg.norm(strong[:, None] - _PALETTE, axis=-1).argmin(-1)
+    color = int(np.bincount(votes, minlength=len(_NAMES)).argmax())
+    way = _PALETTE[color] - ground
+    ink = np.clip(((pixels - ground) * way).sum(-1) / max(float((way * way).sum()), 1.0), 0, 1)
+    letters, glyphs = _glyphs()
+    cell, dot = side * LETTER_CELL, side * LETTER_DOT
+    best, best_cost = "?", math.inf
+    for n, dx, dy in itertools.product(range(1, int(width / cell) + 1), (-1, 0, 1), (-1, 0, 1)):
+        word, cost, seen = "", 0.0, 0.0
+        for i in range(n):
+            left = width / 2 - n * cell / 2 + (cell - 5 * dot) / 2 + i * cell + dx
+            top = height / 2 - 3.5 * dot + dy
+            dots = np.array([[_mean(ink, left + c * dot, top + r * dot, dot) for c in range(5)] for r in range(7)])
+            errors = np.abs(glyphs - dots).mean((1, 2))
+            k = int(errors.argmin())
+            word += letters[k] if errors[k] < 0.17 else "?"
+            cost += float(errors[k]) * 35
+            seen += float(dots.sum())
+        cost += max(0.0, float(ink.sum()) / dot**2 - seen)  # ink outside the letters
+        if cost < best_cost - 1e-6:
+            best, best_cost = word, cost
+    return best, _NAMES[color]
+
+
+def _mean(image: NDArray[np.floating], left: float, top: float, size: float) -> float:
+    x0, y0, x1, y1 = (round(v) for v in (left, top, left + size, top + size))
+    part = image[max(y0, 0) : max(y1, y0 + 1), max(x0, 0) : max(x1, x0 + 1)]
+    return float(part.mean()) if part.size else 0.0
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]
+
+
+# -- verdicts -------------------------------------------------------------------------------------------------------
+
+
+def _near(found: Found, thing: Thing) -> bool:
+    return abs(found.x - thing.x) <= PLACE and abs(found.y - thing.y) <= PLACE
+
+
+def _related(relation: str, a: Found, b: Found) -> bool:
+    dx, dy = b.x - a.x, b.y - a.y
+    if relation == "inside":
+        return bool((a.mask & ~b.mask).sum() <= 0.05 * a.mask.sum()) and a.mask.sum() < b.mask.sum()
+    across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[relation]
+    return across[0] > 0.2 and abs(across[1]) < 0.15
+
+
+def _pair_up(found: list[Found], scene: Scene) -> list[tuple[Found, Thing]]:
+    """Each thing of the scene with the measured one that is most like it; things are few, so all orders are tried."""
+    if len(found) != len(scene.things):
+        return []
+
+    def unlike(pair: tuple[Found, Thing]) -> float:
+        f, t = pair
+        return 2 * (f.color != t.color) + (f.shape != t.shape) + math.dist((f.x, f.y), (t.x, t.y))
+
+    orders = (list(zip(order, scene.things, strict=True)) for order in itertools.permutations(found))
+    return min(orders, key=lambda pairs: sum(map(unlike, pairs)))
+
+
+def judge(pixels: Pixels, scene: Scene) -> Verdict:
+    """Compare a picture `[H, W, 3]` (RGB, uint8) with what was asked for.
+
+    Things in a relation may be anywhere as long as the relation holds, and counted ones anywhere; otherwise places
+    count. A picture whose background is none is wrong in everything.
+    """
+    background = find_background(pixels)
+    asked = ["background"]
+    asked += (
+        ["word", "color"] if scene.word else ["count", "shape", "color", "size", "style"] if scene.things else ["count"]
+    )
+    counted = len(scene.things) > 1 and len({(t.shape, t.color, t.radius) for t in scene.things}) == 1
+    if scene.things and not counted:
+        asked.append("relation" if scene.relation else "position")
+    checks = dict.fromkeys(asked, False)
+    if background is None:
+        return Verdict(checks, None, ())
+    checks["background"] = background == scene.background
+    if scene.word:
+        word, color = read_word(pixels, background)
+        checks |= {"word": word == scene.word, "color": color == scene.word_color}
+        return Verdict(checks, background, (), word)
+    found, dirt = find_things(pixels, background)
+    pairs = _pair_up(found, scene)
+    checks["count"] = len(found) == len(scene.things) and dirt <= SPECK
+    if pairs:
+        checks["shape"] = all(f.shape == t.shape and f.overlap >= SHAPE_OVERLAP for f, t in pairs)
+        checks["color"] = all(f.color == t.color for f, t in pairs)
+        checks["size"] = all(abs(math.log(f.radius / t.radius)) <= math.log(RADIUS_RATIO) for f, t in pairs)
+        checks["style"] = all(f.style == t.style for f, t in pairs)
+        if "position" in checks:
+            checks["position"] = all(_near(f, t) for f, t in pairs)
+        if scene.relation:
+            checks["relation"] = _related(scene.relation, pairs[0][0], pairs[1][0])
+    return Verdict(checks, background, tuple(found))
+
+
+def unchanged(before: Scene, after: Scene, height: int, width: int) -> Mask:
+    """The pixels that an edit from `before` to `after` should leave alone, a margin around every change left out."""
+    side = min(height, width)
+
+    def cover(things: set[Thing], grow: float) -> Mask:
+        mask = np.zeros((height, width), bool)
+        for t in things:
+            radius = t.radius * side + grow
+            if grow > 0:
+                ys, xs = np.mgrid[:height, :width] + 0.5
+                mask |= np.hypot(xs - t.x * width, ys - t.y * height) <= 1.35 * t.radius * side + grow
+            else:
+                mask |= _coverage(outline(t.shape, t.x * width, t.y * height, radius), height, width) == 1
+        return mask
+
+    a, b = set(before.things), set(after.things)
+    margin = side / 32
+    changed = cover(a ^ b, margin)
+    if before.background == after.background:
+        return ~changed
+    return cover({t for t in a & b if t.style != "outlined"}, -margin) & ~changed
+
+
+def psnr(a: Pixels, b: Pixels, mask: Mask) -> float:
+    """Peak signal-to-noise ratio in dB over the pixels of a mask; infinite where they are equal."""
+    if not mask.any():
+        return math.inf
+    error = float(np.square(a[mask].astype(np.float64) - b[mask]).mean())
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def judge_edit(source: Pixels, pixels: Pixels, before: Scene, after: Scene) -> Verdict:
+    """`judge`, and the PSNR of what should not have changed (`unchanged`), which must reach 30 dB."""
+    verdict = judge(pixels, after)
+    value = psnr(source, pixels, unchanged(before, after, *pixels.shape[:2]))
+    checks = {**verdict.checks, "unchanged": value >= UNCHANGED_PSNR}
+    return Verdict(checks, verdict.background, verdict.things, verdict.word, value)

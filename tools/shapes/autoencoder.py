@@ -1,0 +1,106 @@
+"""Train the autoencoder, whiten its latents, polish its decoder."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import l1_loss, mse_loss
+
+from fluxkiln.autoencoder import Autoencoder
+
+from .data import pixels, training_sample
+from .model import AUTOENCODER
+from .workers import average_gradients, save
+
+# (width, height, pictures a step); the first is drawn as often as all others together
+_SIZES = ((64, 64, 8), (96, 96, 4), (64, 128, 4), (128, 64, 4), (128, 128, 2), (96, 64, 4))
+
+
+def _pictures(rng: Random) -> Tensor:
+    width, height, n = _SIZES[0] if rng.random() < 0.6 else rng.choice(_SIZES[1:])
+    samples = [training_sample(rng, edit=rng.random() < 0.4) for _ in range(n)]
+    return pixels([s.scene for s in samples], width, height)
+
+
+def train(
+    rank: int, path: Path, steps: int, seed: int, log: Callable[..., None], encoder_from: Path | None = None
+) -> None:
+    """One worker's part of training the tensors at `path`: reconstruction in L1 and L2, with noise on the latents.
+
+    With `encoder_from`, start from that autoencoder and leave its encoder, and so every latent there is, as it was.
+    """
+    torch.manual_seed(seed)
+    model, config, began = Autoencoder(AUTOENCODER), AUTOENCODER, time.time()
+    if encoder_from is not None:
+        model.load_state_dict(torch.load(encoder_from))
+        model.encoder.requires_grad_(False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
+    average, start = {name: tensor.clone() for name, tensor in model.state_dict().items()}, 0
+    partial = path.with_suffix(".partial")
+    if partial.exists():
+        state = torch.load(partial)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, start = state["average"], state["step"]
+    peak = 1e-3 if encoder_from else 2e-3
+    for step in range(start, steps):
+        rng = Random(f"{seed} {path.stem} {step} {rank}")
+        for group in optimizer.param_groups:
+            group["lr"] = peak * min(1, step / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        picture = _pictures(rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, _ = model.encode_moments(picture)
+            spread = 0.05 * mean.detach().float().std((0, 2, 3), keepdim=True) * torch.rand(len(mean), 1, 1, 1)
+            raw = mean + spread * torch.randn_like(mean)
+            again = model.decode((raw - config.shift_factor) * config.scaling_factor).float()
+        size = 5e-5 * mean.float().square().mean()  # keeps the latents from growing away from the noise
+        error = l1_loss(again, picture)
+        loss = error + 2 * mse_loss(again, picture) + size
+        optimizer.zero_grad()
+        loss.backward()
+        average_gradients(parameters)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                average[name].lerp_(tensor, 0.005 if step > 300 else 0.05)
+        if rank:
+            continue
+        done = step + 1
+        if done % 100 == 0:
+            log(stage=path.stem, step=done, loss=error.item(), seconds=time.time() - began)
+        if done % 500 == 0 and done < steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": done}
+            save(state, partial)
+    if rank == 0:
+        save(average, path)
+        partial.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def whiten(model: Autoencoder, rng: Random, pictures: int = 1024) -> None:
+    """Fold the latents' statistics into the last convolution of the encoder and the first of the decoder.
+
+    Afterwards every channel of `encode`'s latents has mean 0 and standard deviation 1 under FLUX.1's scalar shift and
+    scale. The decoder's zero padding now stands for another value, so the picture's borders need another round of
+    `train`, with `encoder_from`.
+    """
+    scenes = [training_sample(rng, edit=i % 2 == 1).scene for i in range(pictures)]
+    means = torch.cat([model.encode_moments(pixels(scenes[i : i + 64], 64, 64))[0] for i in range(0, pictures, 64)])
+    mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
+    channels, config = len(mean), model.config
+    gain = 1 / (std * config.scaling_factor)  # new = (old - mean) * gain + shift_factor
+    out, into = model.encoder.conv_out, model.decoder.conv_in
+    out.weight[:channels] *= gain[:, None, None, None]
+    out.bias[:channels] = (out.bias[:channels] - mean) * gain + config.shift_factor
+    out.bias[channels:] += 2 * gain.log()
+    offset = mean - config.shift_factor / gain  # old = new / gain + offset
+    into.bias += torch.einsum("oikl,i->o", into.weight, offset)
+    into.weight /= gain[None, :, None, None]

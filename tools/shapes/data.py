@@ -1,0 +1,110 @@
+"""Pictures and latents to train on, drawn as they are needed and kept on disk so that a run can resume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fluxkiln.autoencoder import Autoencoder
+from fluxkiln.bench.shapes_scene import Scene, draw
+
+from . import captions
+from .model import pack
+from .workers import save
+
+
+def pixels(scenes: list[Scene], width: int, height: int) -> Tensor:
+    """`[B, 3, H, W]` in -1..1."""
+    pictures = np.stack([np.asarray(draw(scene, width, height)) for scene in scenes])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+def training_sample(rng: Random, edit: bool) -> captions.Sample:
+    """A sample that the benchmark does not hold out."""
+    while (sample := captions.edit(rng) if edit else captions.text_to_image(rng)).held_out:
+        pass
+    return sample
+
+
+@dataclass
+class Batch:
+    """One step's worth of one kind and size. `reference` is None for text to image."""
+
+    captions: list[str]
+    target: Tensor
+    reference: Tensor | None
+    guidance: Tensor
+
+
+class Pool:
+    """A growing collection of samples of one kind and size: scenes, and the latents of their pictures in bf16.
+
+    Args:
+        folder: where chunks are kept; a chunk is decided by `seed`, its number and the kind alone.
+        edit: edits, with the latents of the reference beside those of the target.
+    """
+
+    def __init__(self, folder: Path, autoencoder: Autoencoder, edit: bool, width: int, height: int, seed: int) -> None:
+        self.folder, self.autoencoder, self.edit, self.size, self.seed = (
+            folder,
+            autoencoder,
+            edit,
+            (width, height),
+            seed,
+        )
+        self.samples: list[captions.Sample] = []
+        self.latents: list[Tensor] = []  # chunks of [n, 1 or 2, L, 64]
+        self.chunk = 0
+
+    def grow(self, chunks: int, chunk: int = 256) -> None:
+        """Make or load chunks until there are `chunks` of them."""
+        for number in range(len(self.latents), chunks):
+            kind = "edit" if self.edit else "text"
+            rng = Random(f"{self.seed} {kind} {self.size} {number}")
+            samples = [training_sample(rng, self.edit) for _ in range(chunk)]
+            path = self.folder / f"{kind}-{self.size[0]}x{self.size[1]}-{self.seed}-{number}.pt"
+            if not path.exists():
+                scenes = [s.scene for s in samples] + [s.before for s in samples if s.before]
+                latents = torch.cat([self._encode(scenes[i : i + 64]) for i in range(0, len(scenes), 64)])
+                latents = latents.unflatten(0, (-1, chunk)).transpose(0, 1).contiguous()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save(latents, path)
+            self.samples += samples
+            self.latents.append(torch.load(path))
+            self.chunk = chunk
+
+    @torch.no_grad()
+    def _encode(self, scenes: list[Scene]) -> Tensor:
+        return pack(self.autoencoder.encode(pixels(scenes, *self.size))).to(torch.bfloat16)
+
+    def batch(self, n: int, rng: Random) -> Batch:
+        """`n` random samples, with what teaches guidance mixed in.
+
+        Guidance is the chance that the prompt is to be believed: below 2, the picture has nothing to do with the
+        prompt with probability (1 - guidance / 2)^2, so that 0 ignores the prompt and 2 and above follow it. An empty
+        prompt (8 %) belongs to any picture, which is what true classifier-free guidance needs. For an edit,
+        "nothing to do with the prompt" is the reference as it was.
+        """
+        texts, targets, references, strengths = [], [], [], []
+        for _ in range(n):
+            i = rng.randrange(len(self.samples))
+            latents = self.latents[i // self.chunk][i % self.chunk].float()
+            guidance = rng.uniform(0, 2) if rng.random() < 0.2 else rng.uniform(2, 6)
+            told = self.samples[i]
+            ignore = rng.random() < max(0.0, 1 - guidance / 2) ** 2
+            if ignore and not self.edit:
+                told = rng.choice(self.samples)
+            text = told.caption if self.edit else captions.caption_of(rng, told.scene)
+            if rng.random() < 0.08:
+                text, ignore = "", True
+            texts.append(text)
+            targets.append(latents[1] if self.edit and ignore else latents[0])
+            references.append(latents[-1])
+            strengths.append(guidance)
+        reference = torch.stack(references) if self.edit else None
+        return Batch(texts, torch.stack(targets), reference, torch.tensor(strengths))

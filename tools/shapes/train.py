@@ -1,0 +1,195 @@
+"""Train the bundled "shapes" model from nothing: `python -m shapes.train --run RUN --out FOLDER` (in tools/).
+
+    tokenizers   from the captions' own words
+    autoencoder  pictures to 16 channels of whitened latents and back
+    denoiser     FLUX.1 transformer, CLIP and T5 together, text to image and edits in every step
+    decoder      a last polish with the encoder fixed
+
+Every stage is seeded and resumes where it stopped. Training runs in `--workers` processes of one thread each that
+average their gradients: on few cores this is faster than threads, which wait for each other at every operation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from fluxkiln.autoencoder import Autoencoder
+
+from . import autoencoder as ae
+from . import plot, workers
+from .data import Batch, Pool
+from .model import AUTOENCODER, Denoiser, position_ids, save_pipeline, save_tokenizers
+from .workers import average_gradients
+
+SIZES = ((64, 64), (96, 96), (64, 128), (128, 64), (128, 128), (64, 96), (96, 64))
+TOKENS = 1536  # per micro-batch, text included
+LEARNING_RATE, WARMUP = 1e-3, 200
+FIRST_CHUNKS, GROW_EVERY = 24, 60  # chunks of 256 at the start, and steps between one more of each kind
+
+
+def velocity_loss(model: Denoiser, batch: Batch, width: int, height: int, noise: torch.Generator) -> Tensor:
+    """Flow matching: the model's velocity against noise - picture at a random time of each row."""
+    n, length, _ = batch.target.shape
+    x1 = torch.randn(batch.target.shape, generator=noise)
+    t = torch.sigmoid(torch.randn(n, generator=noise) + 0.2)
+    even = torch.rand(n, generator=noise) < 0.15
+    t = torch.where(even, torch.rand(n, generator=noise), t)
+    img = torch.lerp(batch.target, x1, t[:, None, None])
+    ids = position_ids(height // 16, width // 16)
+    if batch.reference is not None:
+        blur = 0.03 * torch.randn(batch.reference.shape, generator=noise)
+        img = torch.cat((img, batch.reference + blur), 1)
+        ids = torch.cat((ids, position_ids(height // 16, width // 16, 1)))
+    with torch.autocast("cpu", torch.bfloat16):
+        txt, pooled = model.encode(batch.captions)
+        velocity = model(img, txt, pooled, t, batch.guidance, ids)[:, :length]
+    return mse_loss(velocity.float(), x1 - batch.target)
+
+
+def micro_batches(pools: dict[tuple, Pool], rng: Random, other_sizes: float) -> list[tuple[Batch, int, int]]:
+    """Text to image and edits of one step: 64 px, or another size with probability `other_sizes`."""
+    result = []
+    for edit in (False, True):
+        width, height = SIZES[0] if rng.random() >= other_sizes else rng.choice(SIZES[1:])
+        tokens = width * height // 256 * (2 if edit else 1) + 32
+        result.append((pools[edit, width, height].batch(max(4, TOKENS // tokens), rng), width, height))
+    return result
+
+
+def learning_rate(step: int, steps: int, decay: int) -> float:
+    """Constant after a warm-up, then linear to zero over the last `decay` steps: any run can be cut short or go on."""
+    return LEARNING_RATE * min(1.0, (step + 1) / WARMUP, (steps - step) / max(decay, 1))
+
+
+def train_denoiser(rank: int, args: argparse.Namespace) -> None:
+    """One worker's loop; worker 0 keeps the books."""
+    run: Path = args.run
+    torch.manual_seed(args.seed)
+    model = Denoiser(run / "tokenizers")
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01)
+    average, start, path = [p.detach().clone() for p in parameters], 0, run / "denoiser.pt"
+    if path.exists():
+        state = torch.load(path)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, start = state["average"], state["step"]
+    autoencoder = load_autoencoder(run / "autoencoder.pt")
+    pools = {
+        (edit, *size): Pool(run / "latents", autoencoder, edit, *size, seed=args.seed * 100 + rank)
+        for edit in (False, True)
+        for size in SIZES
+    }
+    began, total = time.time(), 0.0
+    for step in range(start, args.steps):
+        for (_, *size), pool in pools.items():
+            if tuple(size) == SIZES[0]:
+                pool.grow(FIRST_CHUNKS + step // GROW_EVERY)
+            elif step >= args.sizes_from:
+                pool.grow(4 + (step - args.sizes_from) // (8 * GROW_EVERY))
+        rng = Random(f"{args.seed} {step} {rank}")
+        noise = torch.Generator().manual_seed(rng.getrandbits(62))
+        optimizer.zero_grad()
+        batches = micro_batches(pools, rng, 0.4 if step >= args.sizes_from else 0.0)
+        for batch, width, height in batches:
+            loss = velocity_loss(model, batch, width, height, noise) / len(batches)
+            loss.backward()
+            total += loss.item()
+        average_gradients(parameters)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.decay)
+        optimizer.step()
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(0.999, (1 + step) / (10 + step)))
+        if rank:
+            continue
+        done = step + 1
+        if done % 50 == 0 or done == args.steps:
+            log(run, stage="denoiser", step=done, loss=total / min(50, done - start), seconds=time.time() - began)
+            total = 0.0
+        if done % 500 == 0 or done == args.steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": done}
+            workers.save(state, path)
+            workers.save(average, run / f"average-{done:06}.pt")
+            plot.losses(run / "log.jsonl", run / "loss.png")
+
+
+def log(run: Path, **entry: float | str) -> None:
+    with open(run / "log.jsonl", "a") as file:
+        file.write(json.dumps(entry) + "\n")
+    print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()), flush=True)
+
+
+def load_autoencoder(path: Path) -> Autoencoder:
+    model = Autoencoder(AUTOENCODER)
+    model.load_state_dict(torch.load(path))
+    return model.eval()
+
+
+def load_denoiser(run: Path, average: Path) -> Denoiser:
+    """The averaged weights of a snapshot."""
+    model = Denoiser(run / "tokenizers")
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), torch.load(average), strict=True):
+            p.copy_(value)
+    return model.eval()
+
+
+def train_autoencoder(args: argparse.Namespace) -> None:
+    """Write `autoencoder.pt`: trained, its latents whitened."""
+    run: Path = args.run
+    if (run / "autoencoder.pt").exists():
+        return
+    if not (raw := run / "autoencoder-raw.pt").exists():
+        workers.run(ae.train, args.workers, run, raw, args.autoencoder_steps, args.seed, partial(log, run))
+    model = Autoencoder(AUTOENCODER)
+    model.load_state_dict(torch.load(raw))
+    ae.whiten(model, Random(f"{args.seed} whiten"))
+    workers.save(model.state_dict(), run / "autoencoder.pt")
+
+
+def polish_decoder(args: argparse.Namespace) -> None:
+    """Write `decoder.pt`: the autoencoder with a decoder that is used to its whitened latents."""
+    path, whitened = args.run / "decoder.pt", args.run / "autoencoder.pt"
+    if not path.exists():
+        workers.run(
+            ae.train, args.workers, args.run, path, args.polish_steps, args.seed, partial(log, args.run), whitened
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the bundled shapes model.")
+    parser.add_argument("--run", type=Path, required=True, help="working folder: checkpoints, latents, log, loss plot")
+    parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
+    parser.add_argument("--steps", type=int, default=12_000, help="steps of the denoiser")
+    parser.add_argument("--decay", type=int, default=3_000, help="last steps, in which the learning rate falls to 0")
+    parser.add_argument(
+        "--sizes-from", type=int, default=4_000, help="step from which other sizes than 64 px are mixed in"
+    )
+    parser.add_argument("--autoencoder-steps", type=int, default=6_000)
+    parser.add_argument("--polish-steps", type=int, default=2_000, help="of the decoder alone, at the end")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.run.mkdir(parents=True, exist_ok=True)
+    if not (args.run / "tokenizers").exists():
+        save_tokenizers(args.run / "tokenizers")
+    train_autoencoder(args)
+    workers.run(train_denoiser, args.workers, args.run, args)
+    polish_decoder(args)
+    model = load_denoiser(args.run, args.run / f"average-{args.steps:06}.pt")
+    save_tokenizers(args.out)
+    save_pipeline(args.out, model, load_autoencoder(args.run / "decoder.pt"))
+
+
+if __name__ == "__main__":
+    main()
