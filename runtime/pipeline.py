@@ -223,7 +223,8 @@ class Pipeline:
             guidance_scale,
             guided=self.transformer.config.guidance_embed,
         )
-        if (texts.negatives is None) != (true_cfg_scale <= 1):
+        has_negative = negative_prompt is not None or negative_prompt_embeds is not None
+        if has_negative != (true_cfg_scale > 1):
             notices.append("true_cfg_scale above 1 and a negative_prompt act only together: ignored")
         request = Request(
             mode=mode,

@@ -296,6 +296,8 @@ def look(
         ValueError: a picture that cannot be read, a size that cannot be made, a mask without anything to repaint.
     """
     given = list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image]
+    if image is not None and not given:
+        raise ValueError("image is an empty list")
     several = "several images need a Kontext model without strength" if mode != "fill" else "fill takes one image"
     if len(given) > 1 and (variant != "kontext" or mode == "image-to-image"):
         raise ValueError(f"{len(given)} images, but {several}")
