@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fluxkiln.kernels.formats import Activation, Quant, Weight, columns, dense, dequantize, multiply, row_norm
 
+Accumulate = Literal["f32", "promote128", "f16"]
+
 EPS = 1e-6  # of every LayerNorm and RMSNorm in FLUX.1
 
 
@@ -49,7 +51,7 @@ class Linear:
     bias: Tensor
     input: Quant | None = None
     low_rank: LowRank | None = None
-    accumulate: Literal["f32", "promote128", "f16"] = "f32"
+    accumulate: Accumulate = "f32"
     name: str = ""
     start: int = 0
 
@@ -117,7 +119,8 @@ class QKNorm:
 def rows(linear: Linear, part: slice) -> Linear:
     """The linear of some of the outputs: a view, nothing is copied."""
     start = linear.start + range(linear.bias.shape[0])[part].start
-    return replace(linear, weight=linear.weight[part], bias=linear.bias[part], start=start)
+    low_rank = linear.low_rank and replace(linear.low_rank, up=linear.low_rank.up[part])
+    return replace(linear, weight=linear.weight[part], bias=linear.bias[part], low_rank=low_rank, start=start)
 
 
 def by_stream(run: Callable[..., Tensor], x: Tensor, split: int, *streams: Sequence) -> Tensor:
