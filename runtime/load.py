@@ -3,34 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fluxkiln.checkpoint import Checkpoint, open_checkpoint
+from fluxkiln.hub import resolve
+from fluxkiln.kernels.formats import Fp8, Nvfp4, Weight
+from fluxkiln.kernels.layers import Linear
+from fluxkiln.kernels.recipe import RECIPES, Recipe, quantize
+from fluxkiln.select import Choice, choose
 from fluxkiln.transformer import Transformer
 
-PRECISIONS = ("fp32", "bf16")
+_FORMAT = {Fp8: "fp8", Nvfp4: "nvfp4"}
 
 
-class LazyTensors(Mapping[str, Tensor]):
-    """A checkpoint's tensors on their device in their dtype, each read when it is asked for and not kept.
+@dataclass(frozen=True)
+class Loaded:
+    """How a transformer was loaded; `model.loaded`.
 
-    The graph asks for each once, so memory holds the model and one tensor.
+    Attributes:
+        checkpoint: where its weights come from.
+        precision: as asked for; recipe: what that means for each layer.
+        choice: the backend, and why not the others.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
+    checkpoint: Checkpoint
+    precision: str
+    recipe: Recipe
+    choice: Choice
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._checkpoint.dense(name, self._dtype, self._device)
+
+class Layers(Mapping[str, Any]):
+    """A checkpoint as `Transformer` takes it: tensors, and `Linear` for the layers that a recipe quantises.
+
+    Each is read, brought to the device and quantised when it is asked for, and not kept: the graph asks for each
+    once, so memory holds the model and one layer.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
+        self._checkpoint, self._recipe, self._device, self._dtype = checkpoint, recipe, device, dtype
+        linears = [name.removesuffix(".weight") for name in checkpoint.names if name.endswith(".weight")]
+        self._quantised = {name for name in linears if recipe.rule(name).format != "dense"}
+
+    def __getitem__(self, name: str) -> Tensor | Linear:
+        if name not in self._quantised:
+            return self._checkpoint.dense(name, self._dtype, self._device)
+        rule, weight = self._recipe.rule(name), f"{name}.weight"
+        scale = self._checkpoint.input_scale(weight) if rule.scale == "static" else None
+        linear = Linear(self._weight(weight, rule.format), self[f"{name}.bias"], name=name)  # type: ignore[arg-type]
+        return quantize(linear, rule, scale)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._quantised or name in self._checkpoint.names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._checkpoint.names)
+        return iter((*self._checkpoint.names, *self._quantised))
 
     def __len__(self) -> int:
-        return len(self._checkpoint.names)
+        return len(self._checkpoint.names) + len(self._quantised)
+
+    def _weight(self, name: str, format: str) -> Weight:
+        """As stored if it is stored in the recipe's format; else dense, to be quantised."""
+        if self._checkpoint.format(name) == format and self._checkpoint.pre_quant_scale(name) is None:
+            stored = self._checkpoint.tensor(name, device=self._device)
+            if _FORMAT.get(type(stored)) == format:
+                return stored
+        return self._checkpoint.dense(name, self._dtype, self._device)
 
 
 def load_transformer(
@@ -40,30 +82,42 @@ def load_transformer(
     backend: str = "auto",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    recipe: Recipe | str | Path | None = None,
+    fallback: bool = False,
 ) -> Transformer:
     """Open a FLUX.1 transformer of any common kind and make it ready to run.
 
     Args:
-        path: a single file, a diffusers folder (the transformer's or the pipeline's), ComfyUI's files.
-        precision: of the block linears: `fp32` or `bf16`.
-        backend: `eager`, or `auto`.
+        path: a single file, a diffusers folder (the transformer's or the pipeline's), ComfyUI's files, a hub
+            repository, or a bundled model's name.
+        precision: of the block linears: `fp32`, `bf16`, `fp8` or `nvfp4`.
+        backend: `eager`, `triton`, or `auto`: the fastest that can run it here.
         device: where it runs; None is the GPU if there is one.
         dtype: of everything else; None follows the precision.
+        recipe: which layer gets which format, where it is not the precision's own; a JSON file of one will do.
+        fallback: take another backend if the one asked for cannot run this, and say so in the record.
 
     Raises:
         CheckpointError: the path holds something else, or is damaged.
-        FileNotFoundError: nothing is there.
-        ValueError: an unknown precision or backend, or float16, which FLUX.1's activations overflow.
+        FileNotFoundError: nothing is there, and nothing on the hub.
+        ValueError: an unknown precision, backend or recipe, or float16, which FLUX.1's activations overflow.
+        RefusedError: the backend cannot run this here; the message says why.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if backend not in ("auto", "eager"):
-        raise ValueError(f"backend must be auto or eager, got {backend!r}")
+    if precision not in RECIPES:
+        raise ValueError(f"precision must be one of {', '.join(RECIPES)}, got {precision!r}")
+    if isinstance(recipe, str | Path):
+        recipe = Recipe.from_json(Path(recipe).read_text())
+    recipe = recipe or RECIPES[precision]
     dtype = dtype or (torch.float32 if precision == "fp32" else torch.bfloat16)
     if dtype == torch.float16:
         raise ValueError("FLUX.1 overflows float16: use dtype=torch.bfloat16 or torch.float32")
-    checkpoint = open_checkpoint(path)
-    return Transformer(checkpoint.config, LazyTensors(checkpoint, default_device(device), dtype))
+    checkpoint = open_checkpoint(resolve(path, ("transformer",)))
+    recipe.check(name.removesuffix(".weight") for name in checkpoint.names if name.endswith(".weight"))
+    place = default_device(device)
+    choice = choose(backend, checkpoint.config, recipe, place, dtype, fallback)
+    model = Transformer(checkpoint.config, Layers(checkpoint, recipe, place, dtype), choice.ops)
+    model.loaded = Loaded(checkpoint, precision, recipe, choice)
+    return model
 
 
 def default_device(device: torch.device | str | None) -> torch.device:

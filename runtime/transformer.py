@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from fluxkiln.config import TIME_EMBED_DIM, FluxConfig
 from fluxkiln.kernels import EAGER, Ops
 from fluxkiln.kernels.layers import Linear, QKNorm, Streams, rows
 from fluxkiln.kernels.qkv_rope import Projection
+
+if TYPE_CHECKING:
+    from fluxkiln.load import Loaded
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Transformer:
             return QKNorm(tensors[f"{name}.query_norm.scale"], tensors[f"{name}.key_norm.scale"])
 
         self.config, self.ops = config, ops
+        self.loaded: Loaded | None = None  # how it was loaded, by whoever loaded it
         self.embed = ops.pack(Streams((linear("txt_in"), linear("img_in"))))
         self.embedders = {
             name: (linear(f"{name}_in.in_layer"), linear(f"{name}_in.out_layer"))
