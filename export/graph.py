@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fluxkiln.config import FluxConfig
 from fluxkiln.kernels import Ops
-from fluxkiln.kernels.formats import BLOCK, FP8_MAX, NVFP4_MAX, TINY, Fp8, Quant
+from fluxkiln.kernels.formats import BLOCK, NVFP4_MAX, TINY, Fp8, Quant
 from fluxkiln.kernels.layers import EPS, Linear, QKNorm, Streams, rows
 from fluxkiln.transformer import Transformer
 
@@ -321,7 +321,7 @@ class OnnxOps:
             return y
         graph = self.graph
         wide = graph.cast(y, torch.float32)
-        largest = FP8_MAX if quant.format == "fp8" else NVFP4_MAX
+        largest = quant.peak if quant.format == "fp8" else NVFP4_MAX
         if quant.rule == "static":
             assert quant.scale is not None, "a static quantisation has a scale"
             scale = graph.constant(quant.scale.reshape(1, 1, 1), torch.float32)
