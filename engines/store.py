@@ -32,6 +32,11 @@ class StoreError(ValueError):
     """An engine that is missing, damaged, or not what its manifest says."""
 
 
+def refit_name(parameter: str) -> str:
+    """Name of a parameter in an engine without weights; the plain one is taken by the constant it replaces."""
+    return f"{parameter}.refit"
+
+
 @dataclass(frozen=True)
 class Subject:
     """Everything that makes an engine the engine it is; the key is its hash.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fluxkiln.config import TOKEN_PIXELS
 from fluxkiln.engines.flavour import RTX_TARGETS, Flavour, flavour, log
+from fluxkiln.engines.store import refit_name
 from fluxkiln.export.graph import Parameter, Traced
 from fluxkiln.export.structure import HEADER, Structure, StructureError, check, read_listing
 
@@ -230,11 +231,6 @@ def _hollow(trt: Any, network: Any, parameters: Mapping[str, Parameter]) -> None
             tensor = layer.get_input(i)
             if tensor is not None and tensor.name in hollow:
                 layer.set_input(i, hollow[tensor.name])
-
-
-def refit_name(parameter: str) -> str:
-    """Name of a parameter in an engine without weights; the plain one is taken by the constant it replaces."""
-    return f"{parameter}.refit"
 
 
 def _inputs(traced: Traced) -> dict[str, tuple[int | str, ...]]:
