@@ -118,7 +118,7 @@ class Recipe:
         layers = list(layers)
         for pattern, rule in self.rules:
             matches = [layer for layer in layers if fnmatchcase(layer, pattern)]
-            if not matches:
+            if not matches and pattern not in (*BY_NORM, *BY_TILE):  # a model may have no single blocks
                 raise ValueError(f"recipe {self.name!r}: no layer of this model matches {pattern!r}")
             for layer in matches:
                 by_norm = any(fnmatchcase(layer, each) for each in BY_NORM)
@@ -200,7 +200,8 @@ def quantize(linear: Linear, rule: Rule, input_scale: Tensor | None = None) -> L
     weight, low_rank = linear.weight, linear.low_rank
     if isinstance(weight, Tensor):
         seed = zlib.crc32(linear.name.encode())  # the same branch, in whatever order layers are loaded
-        weight, low_rank = quantize_weight(weight, rule, seed)
+        weight, branch = quantize_weight(weight, rule, seed)
+        low_rank = branch and LowRank(branch.down.to(linear.dtype), branch.up.to(linear.dtype))
     elif not isinstance(weight, Fp8 if rule.format == "fp8" else Nvfp4):
         raise ValueError(f"{linear.name} is stored as {type(weight).__name__}, the recipe wants {rule.format}")
     scale = None
@@ -211,7 +212,7 @@ def quantize(linear: Linear, rule: Rule, input_scale: Tensor | None = None) -> L
 
 
 def quantize_weight(weight: Tensor, rule: Rule, seed: int = 0) -> tuple[Fp8 | Nvfp4, LowRank | None]:
-    """A weight `[N, K]` in the rule's format, and the branch that makes up for the difference.
+    """A weight `[N, K]` in the rule's format, and the branch, in bf16, that makes up for the difference.
 
     FP8 has a scale for each output, NVFP4 one global scale. With a branch, the part of the weight that it can hold is
     taken out before, so that outliers do not spoil the blocks' scales, and the branch is then fitted once more to
@@ -222,7 +223,7 @@ def quantize_weight(weight: Tensor, rule: Rule, seed: int = 0) -> tuple[Fp8 | Nv
     branch = low_rank(weight, rule.rank, seed)
     quantised = _round(weight.float() - branch.up.float() @ branch.down.float(), rule)
     branch = low_rank(weight.float() - dequantize(quantised), rule.rank, seed)
-    return quantised, LowRank(branch.down.to(weight.dtype), branch.up.to(weight.dtype))
+    return quantised, LowRank(branch.down.bfloat16(), branch.up.bfloat16())
 
 
 def low_rank(matrix: Tensor, rank: int, seed: int = 0) -> LowRank:

@@ -121,6 +121,19 @@ class Checkpoint:
         kept = self._native.format(name) in ("fp8", "nvfp4") and self._shares_input(name)
         return self._source.pre_quant_scale(self._native.parts(name)[0]) if kept else None
 
+    def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """`(down [R, K], up [N, R])` of the branch beside the weight `name` (as `tensor` gives it), if it has one.
+
+        Weights from `dense` have it added in already.
+        """
+        parts = self._native.parts(name)
+        return self._source.low_rank(parts[0]) if len(parts) == 1 else None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The text entries of all headers."""
+        return {key: text for file in self.files for key, text in file.metadata.items()}
+
     @property
     def identity(self) -> str:
         """See `Located.identity`; `sha256` reads every byte."""

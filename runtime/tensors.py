@@ -11,6 +11,7 @@ A quantised weight is several tensors in a file: its data and, beside it, its sc
 
 `X.comfy_quant` or the header's `_quantization_metadata` say the format by name. `X.input_scale` (or `X.scale_input`)
 is a calibrated scale of the layer's input, `X.pre_quant_scale [K]` multiplies that input before it is quantised.
+`X.low_rank_down [R, K]` and `X.low_rank_up [N, R]` (fluxkiln) are a branch beside the weight that reads the same input.
 What is none of these is refused by name, never guessed.
 """
 
@@ -37,6 +38,7 @@ LINEAR_LAYOUT = {"fluxkiln.nvfp4": "low nibble first, linear block scales"}  # h
 _COMPANIONS = (
     *(".weight_scale", ".scale_weight", ".weight_scale_2"),
     *(".input_scale", ".scale_input", ".pre_quant_scale", ".comfy_quant"),
+    *(".low_rank_down", ".low_rank_up"),
 )
 _SENTINEL = "scaled_fp8"
 _READABLE = "use a bf16, fp8 or nvfp4 safetensors file of the model"
@@ -161,8 +163,9 @@ class Tensors(Mapping[str, "Tensor"]):
     def dense(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
         """The parameter dequantised, in `dtype` (None: the stored one, bf16 for quantised weights) on `device`.
 
-        A `pre_quant_scale` is multiplied into the weight's columns. Where neither dtype nor device changes, the
-        result is a view of the file; otherwise a copy, and the memory behind the original is released.
+        A low-rank branch is added in, a `pre_quant_scale` multiplied into the weight's columns. Where neither dtype
+        nor device changes, the result is a view of the file; otherwise a copy, and the memory behind the original is
+        released.
         """
         import torch
 
@@ -197,6 +200,11 @@ class Tensors(Mapping[str, "Tensor"]):
         key = name.removesuffix(".weight") + ".pre_quant_scale"
         return self._raw(key).float() if key in self._home else None
 
+    def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """`(down [R, K], up [N, R])` of the branch beside the weight `name`, if it has one."""
+        down, up = (name.removesuffix(".weight") + suffix for suffix in (".low_rank_down", ".low_rank_up"))
+        return (self._raw(down), self._raw(up)) if down in self._home and up in self._home else None
+
     def _raw(self, name: str) -> Tensor:
         return self._home[name].tensor(self.prefix + name)
 
@@ -218,9 +226,12 @@ class Tensors(Mapping[str, "Tensor"]):
             return
         e5m2 = layout.format == "e5m2"
         stored: Any = Fp8(self._raw(name), self._row_scale(layout)) if e5m2 else self.stored(name)
-        columns = self.pre_quant_scale(name)
+        columns, branch = self.pre_quant_scale(name), self.low_rank(name)
         for i in range(0, len(out), _CHUNK_ROWS):
             values = dequantize(stored[i : i + _CHUNK_ROWS], compute)
+            if branch is not None:
+                down, up = branch
+                values += up[i : i + _CHUNK_ROWS].to(compute) @ down.to(compute)
             out[i : i + _CHUNK_ROWS] = values if columns is None else values * columns.to(compute)
 
     def _is_companion(self, name: str) -> bool:
