@@ -1,0 +1,343 @@
+"""`fluxkiln bench step`: one denoise step of any configuration, alone or beside a peer on the same weights.
+
+Time: contestants take turns in one process, in changing order, over one set of weights; a ratio is the median of the
+ratios of neighbouring runs, so that what slows the machine slows both. Memory: each contestant alone in a fresh
+process, in which the peak is counted from the moment that its weights are in place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxkiln import workload
+from fluxkiln.config import CONTROL, DEV, FILL, SCHNELL, FluxConfig, scaled_axes
+from fluxkiln.record import versions
+from fluxkiln.transformer import Transformer
+from fluxkiln.workload import Tokens
+
+TINY = FluxConfig(16, 16, 128, 2, 2, 2, 4.0, 64, 32, True, scaled_axes(64))
+CONFIGS = {"dev": DEV, "schnell": SCHNELL, "kontext": DEV, "fill": FILL, "control": CONTROL, "tiny": TINY}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+AGREEMENT = {"fp32": 1e-4, "bf16": 0.05, "fp8": 0.2, "nvfp4": 0.5}
+"""Largest relative difference of two implementations' velocities at which they still compute the same thing."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is measured: everything that a fresh process needs to build it again."""
+
+    config: FluxConfig
+    tokens: Tokens
+    dtype: str
+    precision: str
+    backend: str
+    device: str
+
+
+def random_tensors(config: FluxConfig, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Weights of a network that passes signals on: unit gain in matrices, norms near 1, open gates."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+        x = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+        if len(shape) == 2:
+            return x.div_(math.sqrt(shape[1]))
+        return x.mul_(0.1).add_(1.0 if name.endswith(".scale") else 0.1)
+
+    return {name: draw(name, shape) for name, shape in config.tensor_shapes().items()}
+
+
+def random_inputs(spec: Spec) -> dict[str, Tensor | None]:
+    """Keyword arguments of one call of the transformer."""
+    config, tokens, dtype = spec.config, spec.tokens, DTYPES[spec.dtype]
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(spec.device, dtype)
+
+    def ids(index: int, length: int) -> Tensor:
+        columns = max(1, math.isqrt(length))
+        at = torch.arange(length)
+        return torch.stack((torch.full((length,), index), at // columns, at % columns), dim=1).float()
+
+    batch, image = tokens.batch, tokens.image + tokens.reference
+    return {
+        "img": draw(batch, image, config.in_channels),
+        "txt": draw(batch, tokens.text, config.context_in_dim),
+        "pooled": draw(batch, config.vec_in_dim),
+        "timestep": torch.full((batch,), 0.75, device=spec.device),
+        "guidance": torch.full((batch,), 3.5, device=spec.device) if config.guidance_embed else None,
+        "img_ids": torch.cat((ids(0, tokens.image), ids(1, tokens.reference))).to(spec.device),
+        "txt_ids": torch.zeros(tokens.text, 3, device=spec.device),
+    }
+
+
+# --- contestants ---------------------------------------------------------------------------------
+
+Contestant = Callable[[], Tensor]
+
+
+def fluxkiln_call(spec: Spec, tensors: Mapping[str, Tensor]) -> Contestant:
+    """The whole call, as a peer's: modulation, rotation and step."""
+    model, x = _transformer(spec, tensors), random_inputs(spec)
+    return lambda: model(**x)  # type: ignore[arg-type]
+
+
+def fluxkiln_step(spec: Spec, tensors: Mapping[str, Tensor]) -> Contestant:
+    """The part that a pipeline repeats: modulation and rotation were computed for the whole schedule before."""
+    model, x = _transformer(spec, tensors), random_inputs(spec)
+    mods = model.modulate(x["pooled"], x["timestep"], x["guidance"])  # type: ignore[arg-type]
+    rope = model.rope(x["txt_ids"], x["img_ids"])  # type: ignore[arg-type]
+    return lambda: model.step(x["img"], x["txt"], mods, rope)  # type: ignore[arg-type]
+
+
+def diffusers_call(spec: Spec, tensors: Mapping[str, Tensor]) -> Contestant:
+    from fluxkiln.bench import peers
+
+    model, x = peers.diffusers_transformer(spec.config, tensors), random_inputs(spec)
+    return lambda: peers.diffusers_velocity(model, x)
+
+
+CONTESTANTS = {"fluxkiln": fluxkiln_call, "fluxkiln step": fluxkiln_step, "diffusers": diffusers_call}
+
+
+def _transformer(spec: Spec, tensors: Mapping[str, Tensor]) -> Transformer:
+    return Transformer(spec.config, tensors)
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+
+def take_turns(contestants: Mapping[str, Contestant], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each run, after one that does not count; every other round goes backwards."""
+    names = list(contestants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for run in contestants.values():
+        run()
+    for i in range(rounds):
+        for name in names if i % 2 == 0 else names[::-1]:
+            _drain(device)
+            start = time.perf_counter()
+            contestants[name]()
+            _drain(device)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _drain(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def agreement(a: Tensor, b: Tensor) -> float:
+    """Relative difference of two velocities, in the L2 norm."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def memory(spec: Spec, name: str) -> dict[str, int] | None:
+    """Bytes of a contestant's weights and of the peak that its step adds, in a process of its own.
+
+    On a GPU what the allocator handed out, elsewhere the resident set; None where the system cannot reset its peak.
+    """
+    if not spec.device.startswith("cuda") and not Path("/proc/self/clear_refs").exists():
+        return None
+    with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        return alone.submit(_memory_here, spec, name, torch.get_num_threads()).result()
+
+
+def _memory_here(spec: Spec, name: str, threads: int) -> dict[str, int]:
+    torch.set_num_threads(threads)
+    if name == "diffusers":
+        import diffusers  # noqa: F401  the library itself is not part of the model's memory
+
+    with torch.inference_mode():
+        small = dataclasses.replace(spec, config=TINY, tokens=Tokens(8, 16))
+        CONTESTANTS[name](small, random_tensors(TINY, DTYPES[spec.dtype], spec.device))()  # what loads once, loads here
+        before = _memory_now(spec.device)
+        run = CONTESTANTS[name](spec, random_tensors(spec.config, DTYPES[spec.dtype], spec.device))
+        weights = _memory_now(spec.device)
+        _reset_peak(spec.device)
+        run()
+        peak = _memory_peak(spec.device)
+    return {"weights_bytes": weights - before, "working_bytes": peak - weights, "peak_bytes": peak - before}
+
+
+def _memory_now(device: str) -> int:
+    return torch.cuda.memory_allocated(device) if device.startswith("cuda") else _status("VmRSS")
+
+
+def _memory_peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else _status("VmHWM")
+
+
+def _reset_peak(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+# --- result --------------------------------------------------------------------------------------
+
+
+def measure(spec: Spec, peer: str | None = None, rounds: int = 7) -> dict[str, Any]:
+    """Measure one configuration.
+
+    Args:
+        spec: what to run.
+        peer: `diffusers` or None.
+        rounds: timed runs of each contestant.
+
+    Returns:
+        plain data: the configuration, FLOPs, and for each contestant seconds and bytes; ratios are fluxkiln's over
+        the peer's, so below 1 is better.
+
+    Raises:
+        RuntimeError: the peer computes something else, so that a comparison would mean nothing.
+    """
+    names = ["fluxkiln", "fluxkiln step", *([peer] if peer else [])]
+    result: dict[str, Any] = {
+        "benchmark": "step",
+        **dataclasses.asdict(spec),
+        "flops": sum(call.flops for call in workload.step(spec.config, spec.tokens)),
+        "parameters": workload.parameters(spec.config),
+        "versions": versions(spec.device),
+        "contestants": {name: {"memory": memory(spec, name)} for name in names},
+    }
+    with torch.inference_mode():
+        tensors = random_tensors(spec.config, DTYPES[spec.dtype], spec.device)
+        contestants = {name: CONTESTANTS[name](spec, tensors) for name in names}
+        if peer:
+            difference = agreement(contestants["fluxkiln"](), contestants[peer]())
+            if not difference <= AGREEMENT[spec.precision]:
+                raise RuntimeError(
+                    f"{peer} computes something else: its velocity differs by {difference:.1e}, "
+                    f"at most {AGREEMENT[spec.precision]:.0e} is the same in {spec.precision}"
+                )
+            result["agreement"] = difference
+        seconds = take_turns(contestants, rounds, spec.device)
+    for name, values in seconds.items():
+        result["contestants"][name] |= {"seconds": statistics.median(values), "runs": values}
+    if peer:
+        ours, theirs = result["contestants"]["fluxkiln"], result["contestants"][peer]
+        result["ratio"] = {
+            "time": statistics.median(a / b for a, b in zip(ours["runs"], theirs["runs"], strict=True)),
+            "memory": ours["memory"]["peak_bytes"] / theirs["memory"]["peak_bytes"] if ours["memory"] else None,
+        }
+    return result
+
+
+def to_text(result: Mapping[str, Any]) -> str:
+    """The result as a small table."""
+    config, tokens = result["config"], result["tokens"]
+    lines = [
+        f"{config['depth']} double and {config['depth_single_blocks']} single blocks, width {config['hidden_size']}, "
+        f"{tokens['text']} text + {tokens['image']} image + {tokens['reference']} reference tokens, "
+        f"batch {tokens['batch']}, {result['dtype']}, precision {result['precision']}, {result['backend']} on "
+        f"{result['device']}",
+        f"{'':16}{'s/step':>10}{'TFLOP/s':>10}{'weights':>12}{'working':>12}{'peak':>12}",
+    ]
+    for name, values in result["contestants"].items():
+        memory = values["memory"] or {}
+        sizes = "".join(
+            f"{memory[k] / 2**20:>8,.0f} MiB" if k in memory else f"{'-':>12}"
+            for k in ("weights_bytes", "working_bytes", "peak_bytes")
+        )
+        lines.append(f"{name:16}{values['seconds']:>10.4f}{result['flops'] / values['seconds'] / 1e12:>10.2f}{sizes}")
+    if "ratio" in result:
+        ratio = result["ratio"]
+        memory_ratio = "not measured" if ratio["memory"] is None else f"{ratio['memory']:.3f}"
+        lines.append(
+            f"fluxkiln / peer: time {ratio['time']:.3f}, memory {memory_ratio}; "
+            f"velocities differ by {result['agreement']:.1e}"
+        )
+    return "\n".join(lines)
+
+
+# --- command -------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", default="dev", metavar="NAME|PATH", help=f"{', '.join(CONFIGS)}, or a checkpoint for its sizes"
+    )
+    parser.add_argument("--double", type=int, metavar="N", help="double blocks, instead of the configuration's")
+    parser.add_argument("--single", type=int, metavar="N", help="single blocks, instead of the configuration's")
+    parser.add_argument("--width", type=int, metavar="D", help="hidden size, instead of the configuration's")
+    parser.add_argument("--size", default="1024x1024", metavar="WxH", help="pixels of the image (default 1024x1024)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="image tokens, instead of --size")
+    parser.add_argument("--text", type=int, default=512, metavar="N", help="text tokens (default 512)")
+    parser.add_argument("--reference", action="append", default=[], metavar="WxH", help="a reference; may be repeated")
+    parser.add_argument("--batch", type=int, default=1, metavar="N")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--precision", choices=AGREEMENT, help="of the blocks' linears (default: the dtype)")
+    parser.add_argument("--backend", choices=("eager", "triton", "trt"), default="eager")
+    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument("--peer", choices=("diffusers",), help="measure this beside it, on the same weights")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed runs of each (default 7)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    spec = spec_of(args)
+    print(f"measuring {args.config} on {spec.device}", file=sys.stderr)
+    result = measure(spec, args.peer, args.rounds)
+    print(json.dumps(result, indent=2) if args.json else to_text(result))
+    return 0
+
+
+def spec_of(args: argparse.Namespace) -> Spec:
+    """What the arguments ask for.
+
+    Raises:
+        ValueError: a size or configuration that does not exist.
+    """
+    config = CONFIGS.get(args.config)
+    if config is None:
+        from fluxkiln.checkpoint import open_checkpoint
+
+        config = open_checkpoint(args.config).config
+    changes = {"depth": args.double, "depth_single_blocks": args.single, "hidden_size": args.width}
+    changes["num_heads"] = args.width and args.width // config.head_dim
+    config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+    for name in ("text", "batch", "rounds", *(["tokens"] if args.tokens is not None else [])):
+        if getattr(args, name) < (name != "text"):
+            raise ValueError(f"--{name} must be at least {int(name != 'text')}, got {getattr(args, name)}")
+    references = [_pixels(text) for text in args.reference]
+    if args.config == "kontext" and not references:
+        references = [_pixels(args.size)]
+    tokens = Tokens.of_size(*_pixels(args.size), args.text, references, args.batch)
+    if args.tokens is not None:
+        tokens = dataclasses.replace(tokens, image=args.tokens)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Spec(config, tokens, args.dtype, args.precision or args.dtype, args.backend, device)
+
+
+def _pixels(text: str) -> tuple[int, int]:
+    width, cross, height = text.partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 16):
+        raise ValueError(f"a size is WIDTHxHEIGHT in pixels, each at least 16, got {text!r}")
+    return int(width), int(height)
