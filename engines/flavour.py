@@ -19,7 +19,7 @@ PACKAGE = {"tensorrt_rtx": "pip install 'tensorrt-rtx>=1.7'", "tensorrt": "pip i
 RTX_TARGETS = {"sm_75": "SM75", "sm_80": "SM80", "sm_86": "SM86", "sm_89": "SM89", "sm_120": "SM120", "sm_121": "SM121"}
 
 
-class MissingFlavour(ImportError):
+class MissingFlavourError(ImportError):
     """The Python package of a TensorRT flavour is not installed."""
 
 
@@ -48,12 +48,12 @@ def flavour(name: FlavourName = "tensorrt_rtx") -> Flavour:
     """The installed flavour of that name.
 
     Raises:
-        MissingFlavour: it is not installed; the message says how to.
+        MissingFlavourError: it is not installed; the message says how to.
     """
     try:
         api = importlib.import_module(name)
     except ImportError as error:
-        raise MissingFlavour(f"{name} is not installed ({error}): {PACKAGE[name]}") from error
+        raise MissingFlavourError(f"{name} is not installed ({error}): {PACKAGE[name]}") from error
     return Flavour(name, api, api.__version__)
 
 

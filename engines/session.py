@@ -145,9 +145,8 @@ class Session:
             raise ValueError(f"the engine reads {', '.join(self.inputs)}; {name} was not given")
         tensor = inputs[name]
         if tensor.dtype != self._dtype(name) or not tensor.is_contiguous() or tensor.device != self._device:
-            raise ValueError(
-                f"{name} must be contiguous {self._dtype(name)} on {self._device}, got {tensor.dtype} on {tensor.device}"
-            )
+            want = f"contiguous {self._dtype(name)} on {self._device}"
+            raise ValueError(f"{name} must be {want}, got {tensor.dtype} on {tensor.device}")
         least, _, most = self._engine.get_tensor_profile_shape(name, 0)
         if len(least) != tensor.ndim or any(not a <= n <= b for a, n, b in zip(least, tensor.shape, most, strict=True)):
             raise ValueError(

@@ -32,6 +32,11 @@ class StoreError(ValueError):
     """An engine that is missing, damaged, or not what its manifest says."""
 
 
+def default_root() -> Path:
+    """Where engines are kept unless told otherwise: beside the other caches of the user."""
+    return Path("~/.cache/fluxkiln/engines").expanduser()
+
+
 def refit_name(parameter: str) -> str:
     """Name of a parameter in an engine without weights; the plain one is taken by the constant it replaces."""
     return f"{parameter}.refit"
@@ -232,7 +237,7 @@ class Store:
     def _open(self, folder: Path) -> Stored:
         """Read the manifest and the header of one engine, nothing else."""
         try:
-            manifest = Manifest.from_json((folder / MANIFEST).read_text())
+            manifest = read_manifest(folder)
         except (OSError, ValueError, TypeError, KeyError) as error:
             return Stored(folder, None, f"{folder} has no readable manifest: {error}")
         return Stored(folder, manifest, self._damage(folder, manifest))
@@ -254,6 +259,15 @@ class Store:
         if header.nbytes != manifest.nbytes or manifest.subject.arch not in header.archs:
             return f"{plan} is an engine for {', '.join(header.archs)}, its manifest says {manifest.subject.arch}"
         return None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in an engine's folder.
+
+    Raises:
+        OSError, ValueError, TypeError, KeyError: there is none, or it is not one.
+    """
+    return Manifest.from_json((folder / MANIFEST).read_text())
 
 
 def refuse_here(manifest: Manifest, arch: str | None, versions: dict[str, str]) -> str | None:

@@ -151,7 +151,7 @@ def build(
         if progress is not None:
             config.progress_monitor = _monitor(trt, progress)
         optimization = builder.create_optimization_profile()
-        for tensor, shapes in profile.shapes(_inputs(traced)).items():
+        for tensor, shapes in profile.shapes(traced.inputs).items():
             optimization.set_shape(tensor, *shapes)
         config.add_optimization_profile(optimization)
         if flavour(name).ahead_of_time:
@@ -231,13 +231,6 @@ def _hollow(trt: Any, network: Any, parameters: Mapping[str, Parameter]) -> None
             tensor = layer.get_input(i)
             if tensor is not None and tensor.name in hollow:
                 layer.set_input(i, hollow[tensor.name])
-
-
-def _inputs(traced: Traced) -> dict[str, tuple[int | str, ...]]:
-    return {
-        value.name: tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
-        for value in traced.proto.graph.input
-    }
 
 
 def _errors(said: Iterable[tuple[str, str]], parser: list[str]) -> str:

@@ -476,6 +476,14 @@ class Traced:
     products: dict[str, str]
     attentions: int
 
+    @property
+    def inputs(self) -> dict[str, tuple[int | str, ...]]:
+        """Name -> shape; `batch`, `img` and `txt` stand for dynamic dimensions."""
+        return {
+            value.name: tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
+            for value in self.proto.graph.input
+        }
+
 
 def trace(config: FluxConfig, tensors: Mapping[str, Any], high: torch.dtype = torch.bfloat16) -> Traced:
     """The transformer's `step` in ONNX; batch, image tokens and text tokens are dynamic.

@@ -9,9 +9,12 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
+from fluxkiln.checkpoint import Checkpoint
 from fluxkiln.export.graph import Parameter
 from fluxkiln.kernels.formats import BLOCK, Fp8, Nvfp4
 from fluxkiln.kernels.layers import Linear, rows
+from fluxkiln.kernels.recipe import Recipe
+from fluxkiln.load import Layers
 
 DTYPE = {
     TensorProto.FLOAT: torch.float32,
@@ -57,3 +60,24 @@ def _value(part: Parameter, linear: Linear) -> Tensor:
     if isinstance(weight, Nvfp4):
         return weight.data[:, first // 2 : last // 2]
     return (weight.data if isinstance(weight, Fp8) else weight)[:, first:last]
+
+
+class Shadow:
+    """A checkpoint's shapes without its weights, for tracing; calibrated scales are real, since graphs hold them."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.names, self._shapes, self.input_scale = checkpoint.names, checkpoint.shape, checkpoint.input_scale
+
+    def dense(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(self._shapes(name), dtype=dtype, device=device)
+
+    def format(self, name: str) -> str:
+        return "none"  # so that every weight is quantised, which costs nothing on the meta device
+
+    def pre_quant_scale(self, name: str) -> None:
+        return None
+
+
+def shadow(checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype) -> Layers:
+    """The layers of a checkpoint by a recipe on the meta device: what `trace` needs."""
+    return Layers(Shadow(checkpoint), recipe, torch.device("meta"), dtype)  # type: ignore[arg-type]

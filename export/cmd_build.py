@@ -1,0 +1,171 @@
+"""`fluxkiln build`: TensorRT engines of a checkpoint, for the GPUs that will run them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fluxkiln.engines.store import Manifest, Store, Subject, default_root, read_manifest
+
+GIB = 2**30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="checkpoint, folder, hub repository or bundled model")
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp8", "nvfp4"))
+    parser.add_argument("--recipe", type=Path, help="JSON file of a recipe, instead of the precision's own")
+    parser.add_argument("--arch", nargs="+", default=["sm_89"], metavar="sm_NN", help="of the GPUs, e.g. sm_89 sm_120")
+    parser.add_argument(
+        "--weights", default="refit", choices=("refit", "inside"), help="supplied at load (small engines) or inside"
+    )
+    parser.add_argument("--max-size", default="2048x2048", metavar="WxH", help="largest image, in pixels")
+    parser.add_argument("--references", type=int, default=2, help="Kontext references that must fit beside it")
+    parser.add_argument("--max-batch", type=int, default=1)
+    parser.add_argument("--flavour", default="tensorrt_rtx", choices=("tensorrt_rtx", "tensorrt"))
+    parser.add_argument("--fallback", action="store_true", help="accept products that fell back to another format")
+    parser.add_argument("--store", type=Path, default=default_root(), help="folder of the engines")
+    parser.add_argument("--force", action="store_true", help="build again what the store has")
+    parser.add_argument("--json", action="store_true")
+
+
+def run(args: argparse.Namespace) -> int:
+    from fluxkiln.checkpoint import open_checkpoint
+    from fluxkiln.engines.flavour import flavour
+    from fluxkiln.export.build import Profile, build, memory_needed, refuse
+    from fluxkiln.export.graph import trace
+    from fluxkiln.export.weights import shadow, values
+    from fluxkiln.hub import resolve
+    from fluxkiln.kernels.recipe import RECIPES, Recipe
+    from fluxkiln.load import Layers
+
+    installed = flavour(args.flavour)
+    for arch in args.arch:
+        if reason := refuse(args.precision, arch, installed):
+            raise ValueError(reason)
+    checkpoint = open_checkpoint(resolve(args.model, ("transformer",)))
+    recipe = Recipe.from_json(args.recipe.read_text()) if args.recipe else RECIPES[args.precision]
+    size = _size(args.max_size)
+    profile = Profile.of(size, args.references, args.max_batch)
+    say = (lambda text: None) if args.json else print
+    traced = trace(checkpoint.config, shadow(checkpoint, recipe, torch.bfloat16))
+    need, free = memory_needed(traced, args.weights), available_memory()
+    say(f"{args.model}: {len(traced.products)} products, {recipe.name}; the build needs up to {need / GIB:.1f} GiB")
+    if free is not None and need > free:
+        raise MemoryError(
+            f"the build needs up to {need / GIB:.1f} GiB of memory and {free / GIB:.1f} GiB are free"
+            + ("" if args.weights == "refit" else ": build with --weights refit, which needs a fraction")
+        )
+    store, results = Store(args.store), []
+    for arch in args.arch:
+        subject = Subject(
+            part="transformer",
+            graph=hashlib.sha256(traced.proto.SerializeToString(deterministic=True)).hexdigest(),
+            model=checkpoint.identity,
+            precision=args.precision,
+            recipe=recipe.to_json(),
+            profile={name: [list(s) for s in shapes] for name, shapes in profile.shapes(traced.inputs).items()},
+            arch=arch,
+            flavour=installed.name,
+            version=installed.version,
+            weights=args.weights,
+        )
+        found = store.find(subject)
+        if found and found.refusal is None and not args.force:
+            say(f"{arch}: in the store already, {found.folder}")
+            results.append(_result(found.folder, found.manifest, built=False))
+            continue
+        weights = None
+        if args.weights == "inside":
+            layers = Layers(checkpoint, recipe, torch.device("cpu"), torch.bfloat16)
+            weights = values(traced.parameters, layers)
+        with _Bar(arch, hidden=args.json) as bar:
+            built = build(
+                traced, arch, profile, weights, name=args.flavour, progress=bar.update, fallback=args.fallback
+            )
+        folder = store.add(
+            subject,
+            built.plan,
+            model_name=str(args.model),
+            structure=asdict(built.structure),
+            parameters={name: asdict(p) for name, p in traced.parameters.items()} if weights is None else {},
+            seconds=built.seconds,
+            peak_bytes=peak_memory(),
+            notes=built.messages,
+        )
+        say(
+            f"{arch}: built in {built.seconds:.0f} s, {len(built.plan) / 1e6:.1f} MB, "
+            f"products {built.structure.products}, attention {built.structure.attentions}: {folder}"
+        )
+        results.append(_result(folder, read_manifest(folder), built=True))
+    if args.json:
+        json.dump(results, sys.stdout, indent=1)
+    return 0
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that are free for a program, None where it cannot be told."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def peak_memory() -> int:
+    """Most bytes this process had resident; 0 where it cannot be told."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _result(folder: Path, manifest: Manifest | None, built: bool) -> dict[str, Any]:
+    assert manifest is not None, folder
+    return {
+        "folder": str(folder),
+        "arch": manifest.subject.arch,
+        "precision": manifest.subject.precision,
+        "weights": manifest.subject.weights,
+        "bytes": manifest.nbytes,
+        "seconds": manifest.seconds,
+        "peak_bytes": manifest.peak_bytes,
+        "structure": manifest.structure,
+        "built": built,
+    }
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        width, height = (int(side) for side in text.lower().split("x"))
+    except ValueError:
+        raise ValueError(f"--max-size must be WIDTHxHEIGHT in pixels, for example 2048x2048, got {text!r}") from None
+    return width, height
+
+
+class _Bar:
+    """A progress bar over the builder's phases, which nest and come by the thousand."""
+
+    def __init__(self, title: str, hidden: bool) -> None:
+        from tqdm import tqdm
+
+        self._title = title
+        self._bar = tqdm(desc=title, disable=True if hidden else None, leave=False, unit="step", mininterval=0.2)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, phase: str, step: int, steps: int) -> None:
+        self._bar.set_description_str(f"{self._title}: {phase}", refresh=False)
+        self._bar.total = steps
+        self._bar.update(step - self._bar.n)

@@ -1,0 +1,113 @@
+"""Engines are really built, for every target and precision, and held to what was asked for."""
+
+from __future__ import annotations
+
+import itertools
+
+import onnx
+import pytest
+import torch
+from test_graph import CONFIG, layers_of
+
+from fluxkiln.engines.flavour import flavour
+from fluxkiln.engines.header import decode
+from fluxkiln.export.build import BuildError, Profile, build, refuse
+from fluxkiln.export.graph import trace
+from fluxkiln.export.structure import Kernel, StructureError, check, read_listing
+from fluxkiln.export.weights import values
+from fluxkiln.kernels.recipe import RECIPES
+
+pytest.importorskip("tensorrt_rtx", reason="builds engines: pip install 'fluxkiln[trt]'")
+
+TARGETS = [("bf16", "sm_89"), ("bf16", "sm_120"), ("fp8", "sm_89"), ("fp8", "sm_120"), ("nvfp4", "sm_120")]
+BLOCK_PRODUCTS = (
+    18  # of one double block (2 x (q, k, v, proj, mlp in, mlp out)) and one single block (q, k, v, mlp, 2 x linear2)
+)
+PROFILE = Profile(image=(16, 64, 128), text=(1, 16, 32))
+
+
+@pytest.mark.parametrize(("target", "weights"), itertools.product(TARGETS, ("inside", "refit")))
+def test_engines_run_what_was_asked_for(target: tuple[str, str], weights: str) -> None:
+    precision, arch = target
+    layers = layers_of(RECIPES[precision], torch.bfloat16)
+    traced = trace(CONFIG, layers)
+    built = build(traced, arch, PROFILE, values(traced.parameters, layers) if weights == "inside" else None)
+    header = decode(bytes(built.plan[:64]))
+    assert header.archs == (arch,)
+    assert header.version == flavour().version
+    assert header.nbytes == len(built.plan)
+    products = {"bf16": 3 + BLOCK_PRODUCTS - 1} if precision == "bf16" else {"bf16": 3, precision: BLOCK_PRODUCTS}
+    if precision == "nvfp4":
+        products = {"bf16": 5, "fp8": 6, "nvfp4": 10}
+    assert built.structure.products == products
+    assert built.structure.attentions == {"bf16": 2}
+    assert not built.structure.fallen
+
+
+def test_weights_are_really_outside_of_a_refit_engine() -> None:
+    layers = layers_of(RECIPES["bf16"], torch.bfloat16)
+    traced = trace(CONFIG, layers)
+    plans = [bytes(build(traced, "sm_89", PROFILE, v).plan) for v in (values(traced.parameters, layers), None)]
+    weight = layers["single_blocks.0.linear2.weight"].T.contiguous().view(torch.uint8).numpy().tobytes()[:256]
+    assert (
+        weight in plans[0]
+        or layers["single_blocks.0.linear2.weight"].view(torch.uint8).numpy().tobytes()[:256] in plans[0]
+    )
+    assert weight not in plans[1]
+
+
+def test_a_product_that_fell_back_is_caught() -> None:
+    """A Q/DQ scale that is an input of the network quietly builds in bf16."""
+    layers = layers_of(RECIPES["fp8"], torch.bfloat16)
+    traced = trace(CONFIG, layers)
+    graph = traced.proto.graph
+    first = next(node for node in graph.node if node.op_type == "QuantizeLinear")
+    later = next(node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] == first.output[0])
+    first.input[1] = later.input[1] = "scale"
+    graph.input.append(onnx.helper.make_tensor_value_info("scale", onnx.TensorProto.FLOAT, ()))
+    with pytest.raises(StructureError, match=r"fell back: .* was asked for in fp8 and was built in bf16"):
+        build(traced, "sm_89", PROFILE)
+    structure = build(traced, "sm_89", PROFILE, fallback=True).structure
+    assert set(structure.fallen.values()) == {("fp8", "bf16")}
+
+
+def test_a_missing_global_scale_is_refused() -> None:
+    layers = layers_of(RECIPES["nvfp4"], torch.bfloat16)
+    traced = trace(CONFIG, layers)
+    node = next(node for node in traced.proto.graph.node if node.op_type == "TRT_FP4DynamicQuantize")
+    node.input.pop()
+    with pytest.raises(BuildError):
+        build(traced, "sm_120", PROFILE)
+
+
+@pytest.mark.parametrize(
+    ("precision", "arch", "sentence"),
+    [
+        ("nvfp4", "sm_89", "NVFP4 needs Blackwell"),
+        ("fp8", "sm_86", "FP8 needs Ada"),
+        ("bf16", "sm_90", "TensorRT-RTX builds for"),
+        ("fp8", "sm_120", None),
+        ("nvfp4", "sm_120", None),
+    ],
+)
+def test_targets_are_refused_at_the_door(precision: str, arch: str, sentence: str | None) -> None:
+    reason = refuse(precision, arch, flavour())
+    assert reason is None if sentence is None else sentence in (reason or "")
+
+
+def test_default_profile_fits_what_people_use() -> None:
+    profile = Profile.of((2048, 2048), references=2)
+    shapes = profile.shapes({"hidden_states": ("batch", "img", 64), "txt_ids": ("txt", 3)})
+    least, _, most = shapes["hidden_states"]
+    for tokens in (256, 32 * 32, 64 * 48, 128 * 128, 64 * 64 + 2 * 42 * 98, 128 * 128 + 2 * 42 * 98):
+        assert least[1] <= tokens <= most[1]
+    assert shapes["txt_ids"] == [(1, 3), (512, 3), (512, 3)]
+
+
+def test_listing_without_a_product_says_so() -> None:
+    kernels = [Kernel("a_gemm", "gemm", ("fp8", "fp8"), frozenset({"x"}))]
+    with pytest.raises(StructureError, match="covers 1 of 2 products"):
+        check(kernels, {"x": "fp8", "y": "fp8"}, 0)
+    with pytest.raises(StructureError, match="attention must be 3 fused kernels, the engine has 0"):
+        check(kernels, {"x": "fp8"}, 3)
+    assert read_listing("Layers:\nno kernel here") == []
