@@ -103,7 +103,9 @@ def _fetch(repo: str, file: str | None, folders: Sequence[str], revision: str | 
     try:
         if file:
             return Path(hf_hub_download(repo, file, revision=revision))
-        chosen = choose_files(HfApi().list_repo_files(repo, revision=revision), folders, repo)
+        # not `list_repo_files`: without a network it retries for half a minute before the cache is asked
+        listed = HfApi().model_info(repo, revision=revision).siblings or []
+        chosen = choose_files((entry.rfilename for entry in listed), folders, repo)
         snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=[_literal(name) for name in chosen]))
     except CheckpointError:
         raise
