@@ -9,18 +9,48 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fluxkiln.kernels import attention, linear, linear_gate_residual, linear_gelu, norm_modulate, qkv_rope
-from fluxkiln.kernels.formats import Activation
+from fluxkiln.kernels.formats import Activation, Fp8, Nvfp4
 from fluxkiln.kernels.layers import Streams
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What an operation with a layer is bound to: a line of the plan.
+
+    Attributes:
+        implementation: `eager`, `triton`, or the library (`torch`) where that is faster or the only way.
+        format: of the weights and products.
+        weights: number of weight elements, 0 for an operation without.
+        emulated: the format is computed in wider arithmetic than the hardware would use.
+    """
+
+    implementation: str
+    format: str
+    weights: int = 0
+    emulated: bool = False
+
+
+def describe(op: str, layer: Any = None) -> Binding:
+    """What the eager backend runs an operation with a layer as."""
+    if layer is None:
+        return Binding("eager", "dense")
+    streams = layer.streams if isinstance(layer, qkv_rope.Projection) else layer
+    quantised = {Fp8: "fp8", Nvfp4: "nvfp4"}.get(type(streams[0].weight))
+    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(streams[0].dtype, str(streams[0].dtype))
+    weights = sum(linear.weight.shape.numel() for linear in streams)
+    return Binding("eager", quantised or dtype, weights, emulated=quantised is not None)
 
 
 @dataclass(frozen=True)
 class Ops:
     """One implementation of each operation, as the graph calls them.
 
-    `pack` and `pack_qkv` turn a layer's native weights, once at load, into what the other operations take.
+    `pack` and `pack_qkv` turn a layer's native weights, once at load, into what the other operations take; `describe`
+    tells what that is.
     """
 
     pack: Callable[..., Streams]
@@ -31,6 +61,7 @@ class Ops:
     linear_gelu: Callable[..., Activation]
     linear_gate_residual: Callable[..., Tensor]
     linear: Callable[..., Tensor]
+    describe: Callable[..., Binding] = describe
 
 
 EAGER = Ops(

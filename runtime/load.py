@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from fluxkiln.checkpoint import Checkpoint, open_checkpoint
 from fluxkiln.hub import resolve
-from fluxkiln.kernels.formats import Fp8, Nvfp4, Weight
-from fluxkiln.kernels.layers import Linear
-from fluxkiln.kernels.recipe import RECIPES, Recipe, quantize
+from fluxkiln.kernels.recipe import RECIPES, Recipe
+from fluxkiln.quantize import Layers, choose_recipe
 from fluxkiln.select import Choice, choose
 from fluxkiln.transformer import Transformer
-
-_FORMAT = {Fp8: "fp8", Nvfp4: "nvfp4"}
 
 
 @dataclass(frozen=True)
@@ -35,44 +29,6 @@ class Loaded:
     precision: str
     recipe: Recipe
     choice: Choice
-
-
-class Layers(Mapping[str, Any]):
-    """A checkpoint as `Transformer` takes it: tensors, and `Linear` for the layers that a recipe quantises.
-
-    Each is read, brought to the device and quantised when it is asked for, and not kept: the graph asks for each
-    once, so memory holds the model and one layer.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
-        self._checkpoint, self._recipe, self._device, self._dtype = checkpoint, recipe, device, dtype
-        linears = [name.removesuffix(".weight") for name in checkpoint.names if name.endswith(".weight")]
-        self._quantised = {name for name in linears if recipe.rule(name).format != "dense"}
-
-    def __getitem__(self, name: str) -> Tensor | Linear:
-        if name not in self._quantised:
-            return self._checkpoint.dense(name, self._dtype, self._device)
-        rule, weight = self._recipe.rule(name), f"{name}.weight"
-        scale = self._checkpoint.input_scale(weight) if rule.scale == "static" else None
-        linear = Linear(self._weight(weight, rule.format), self[f"{name}.bias"], name=name)  # type: ignore[arg-type]
-        return quantize(linear, rule, scale)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._quantised or name in self._checkpoint.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter((*self._checkpoint.names, *self._quantised))
-
-    def __len__(self) -> int:
-        return len(self._checkpoint.names) + len(self._quantised)
-
-    def _weight(self, name: str, format: str) -> Weight:
-        """As stored if it is stored in the recipe's format; else dense, to be quantised."""
-        if self._checkpoint.format(name) == format and self._checkpoint.pre_quant_scale(name) is None:
-            stored = self._checkpoint.tensor(name, device=self._device)
-            if _FORMAT.get(type(stored)) == format:
-                return stored
-        return self._checkpoint.dense(name, self._dtype, self._device)
 
 
 def load_transformer(
@@ -107,11 +63,11 @@ def load_transformer(
         raise ValueError(f"precision must be one of {', '.join(RECIPES)}, got {precision!r}")
     if isinstance(recipe, str | Path):
         recipe = Recipe.from_json(Path(recipe).read_text())
-    recipe = recipe or RECIPES[precision]
     dtype = dtype or (torch.float32 if precision == "fp32" else torch.bfloat16)
     if dtype == torch.float16:
         raise ValueError("FLUX.1 overflows float16: use dtype=torch.bfloat16 or torch.float32")
     checkpoint = open_checkpoint(resolve(path, ("transformer",)))
+    recipe = recipe or choose_recipe(precision, checkpoint)
     recipe.check(name.removesuffix(".weight") for name in checkpoint.names if name.endswith(".weight"))
     place = default_device(device)
     choice = choose(backend, checkpoint.config, recipe, place, dtype, fallback)

@@ -1,6 +1,6 @@
 """A checkpoint by a recipe: layers quantised as they are loaded, or once and for all into a file.
 
-    RecipeTensors       what `Transformer` reads: the checkpoint's tensors, and the quantised layers whole
+    Layers       what `Transformer` reads: the checkpoint's tensors, and the quantised layers whole
     quantize_file       the same layers into a file, which loads back to the same bits
     calibrate           how large the inputs of every layer get, from a few images
 
@@ -36,7 +36,7 @@ _MODULATION = (
 )
 
 
-class RecipeTensors(Mapping[str, Any]):
+class Layers(Mapping[str, Any]):
     """A checkpoint as a recipe wants it: native name -> tensor, and name of a quantised layer -> `Linear`.
 
     Each is read when it is asked for and not kept.
@@ -192,7 +192,7 @@ def quantize_file(
     """
     checkpoint = open_checkpoint(source)
     inverses, scales = calibrated(checkpoint, chosen, statistics or {})
-    tensors = RecipeTensors(checkpoint, chosen, device, torch.bfloat16, inverses, scales)
+    tensors = Layers(checkpoint, chosen, device, torch.bfloat16, inverses, scales)
     counts: dict[str, int] = {}
 
     def entries() -> Iterator[tuple[str, Weight]]:

@@ -11,7 +11,7 @@ from fluxkiln.config import FluxConfig, scaled_axes
 from fluxkiln.kernels import formats
 from fluxkiln.kernels.formats import Fp8, Nvfp4
 from fluxkiln.kernels.recipe import RECIPES, Recipe, Rule
-from fluxkiln.quantize import RecipeTensors
+from fluxkiln.quantize import Layers
 from fluxkiln.transformer import Transformer
 
 from parity import random_tensors, relative
@@ -48,7 +48,7 @@ def inputs(batch: int = 2) -> dict[str, torch.Tensor]:
 
 def model(path, recipe: Recipe, dtype=torch.float32, **options) -> Transformer:
     checkpoint = open_checkpoint(path)
-    return Transformer(checkpoint.config, RecipeTensors(checkpoint, recipe, "cpu", dtype, **options))
+    return Transformer(checkpoint.config, Layers(checkpoint, recipe, "cpu", dtype, **options))
 
 
 def same(a, b) -> bool:
@@ -74,7 +74,7 @@ def test_a_quantised_file_loads_back_to_the_same_bits(plain, tmp_path, recipe):
     assert sum(counts.values()) == sum(name.endswith(".weight") for name in CONFIG.tensor_shapes())
     loaded, made = open_checkpoint(tmp_path / "q.safetensors"), open_checkpoint(plain)
     assert quantize.choose_recipe(recipe.name, loaded) == recipe
-    a, b = (RecipeTensors(each, recipe, "cpu", torch.float32) for each in (loaded, made))
+    a, b = (Layers(each, recipe, "cpu", torch.float32) for each in (loaded, made))
     layers = [name for name in a if not name.endswith((".weight", ".bias", ".scale"))]
     assert len(layers) == {"fp8": 10, "nvfp4": 8, "ranked": 8}[recipe.name]
     for name in set(a) - {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}:
@@ -93,7 +93,7 @@ def test_a_quantised_file_can_be_read_dense_and_quantised_again(plain, tmp_path)
 def test_codes_too_large_for_fp16_sums_are_not_taken_over(plain, tmp_path):
     quantize.quantize_file(plain, tmp_path / "q.safetensors", RECIPES["fp8"])
     half = Recipe("fp8", tuple((p, dataclasses.replace(r, accumulate="f16")) for p, r in RECIPES["fp8"].rules))
-    tensors = RecipeTensors(open_checkpoint(tmp_path / "q.safetensors"), half, "cpu", torch.float32)
+    tensors = Layers(open_checkpoint(tmp_path / "q.safetensors"), half, "cpu", torch.float32)
     assert tensors["single_blocks.0.linear2"].weight.data.float().abs().max() == formats.F16_PEAK
 
 
@@ -119,7 +119,7 @@ def test_calibration_smooths_and_scales_without_changing_the_function(plain, tmp
 
 
 def test_stored_formats_are_those_of_the_recipe(plain):
-    tensors = RecipeTensors(open_checkpoint(plain), RECIPES["nvfp4"], "cpu", torch.bfloat16)
+    tensors = Layers(open_checkpoint(plain), RECIPES["nvfp4"], "cpu", torch.bfloat16)
     assert isinstance(tensors["double_blocks.0.img_attn.qkv"].weight, Fp8)
     assert isinstance(tensors["single_blocks.0.linear1"].weight, Nvfp4)
     assert "double_blocks.0.img_attn.proj" not in tensors
