@@ -204,6 +204,8 @@ def fit_shape(cover: NDArray[np.float32]) -> tuple[str, float, float, float, flo
     """Best shape of a region given as coverage `[H, W]` in 0..1: name, x, y, radius (pixels), overlap 0..1."""
     height, width = cover.shape
     area = float(cover.sum())
+    if area < 1:
+        return SHAPES[0], 0.0, 0.0, 1.0, 0.0
     x = float((cover.sum(0) * (np.arange(width) + 0.5)).sum() / area)
     y = float((cover.sum(1) * (np.arange(height) + 0.5)).sum() / area)
     best = (SHAPES[0], x, y, 0.0, -1.0)

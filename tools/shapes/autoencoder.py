@@ -13,19 +13,35 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 
 from fluxkiln.autoencoder import Autoencoder
+from fluxkiln.bench.shapes_scene import Scene
 
 from .data import pixels, training_sample
 from .model import AUTOENCODER
+from .muon import Muon
 from .workers import average_gradients, save
 
-# (width, height, pictures a step); the first is drawn as often as all others together
+# (width, height, pictures a step); the first is drawn more often than all others together
 _SIZES = ((64, 64, 8), (96, 96, 4), (64, 128, 4), (128, 64, 4), (128, 128, 2), (96, 64, 4))
+_CROP, _CROPS = 32, 16  # side in pixels, and how many a step
 
 
 def _pictures(rng: Random) -> Tensor:
-    width, height, n = _SIZES[0] if rng.random() < 0.6 else rng.choice(_SIZES[1:])
-    samples = [training_sample(rng, edit=rng.random() < 0.4) for _ in range(n)]
-    return pixels([s.scene for s in samples], width, height)
+    """A step's pictures: whole ones, or every other time crops around things, where there is something to learn."""
+    crops = rng.random() < 0.5
+    width, height, n = (64, 64, _CROPS) if crops else _SIZES[0] if rng.random() < 0.7 else rng.choice(_SIZES[1:])
+    scenes = [training_sample(rng, edit=rng.random() < 0.4).scene for _ in range(n)]
+    pictures = pixels(scenes, width, height)
+    if not crops:
+        return pictures
+    return torch.stack([_crop(rng, picture, scene) for picture, scene in zip(pictures, scenes, strict=True)])
+
+
+def _crop(rng: Random, picture: Tensor, scene: Scene) -> Tensor:
+    side = picture.shape[-1]
+    thing = rng.choice(scene.things) if scene.things else None
+    x, y = (thing.x, thing.y) if thing else (rng.random(), 0.5)
+    left, top = (min(max(round(at * side) - _CROP // 2 + rng.randint(-10, 10), 0), side - _CROP) for at in (x, y))
+    return picture[:, top : top + _CROP, left : left + _CROP]
 
 
 def train(
@@ -41,7 +57,7 @@ def train(
         model.load_state_dict(torch.load(encoder_from))
         model.encoder.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = Muon([p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1])
     average, start = {name: tensor.clone() for name, tensor in model.state_dict().items()}, 0
     partial = path.with_suffix(".partial")
     if partial.exists():
@@ -49,11 +65,11 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average, start = state["average"], state["step"]
-    peak = 1e-3 if encoder_from else 2e-3
+    total, peak = 0.0, 1.5e-3 if encoder_from else 3e-3
     for step in range(start, steps):
         rng = Random(f"{seed} {path.stem} {step} {rank}")
         for group in optimizer.param_groups:
-            group["lr"] = peak * min(1, step / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            group["lr"] = peak * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         picture = _pictures(rng)
         with torch.autocast("cpu", torch.bfloat16):
             mean, _ = model.encode_moments(picture)
@@ -74,9 +90,11 @@ def train(
         if rank:
             continue
         done = step + 1
+        total += error.item()
         if done % 100 == 0:
-            log(stage=path.stem, step=done, loss=error.item(), seconds=time.time() - began)
-        if done % 500 == 0 and done < steps:
+            log(stage=path.stem, step=done, loss=total / 100, seconds=time.time() - began)
+            total = 0.0
+        if done % 200 == 0 and done < steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": done}
             save(state, partial)
     if rank == 0:

@@ -216,7 +216,7 @@ def _text_to_image(rng: Random, kind: str | None, complete: bool) -> Sample:
     elif kind == "word":
         background = random_background(rng, ("plain",))
         letters = "".join(rng.choice(list(FONT)) for _ in range(rng.randint(2, 4)))
-        word = rng.choice(WORDS) if complete or rng.random() < 0.5 else letters
+        word = rng.choice(WORDS) if rng.random() < 0.5 else letters
         scene = Scene(background, word=word, word_color=_color_for(rng, *background.colors))
     elif kind == "empty":
         scene = Scene(background)
@@ -229,8 +229,10 @@ def _jitter(rng: Random, scene: Scene) -> Scene:
     """Nudge the things off the grid, so that an edit has to look at its reference."""
     if rng.random() < 0.5:
         return scene
-    nudge = [(rng.uniform(-0.03, 0.03), rng.uniform(-0.03, 0.03)) for _ in scene.things]
-    things = (t.replace(x=t.x + dx, y=t.y + dy) for t, (dx, dy) in zip(scene.things, nudge, strict=True))
+    nudge = [(round(rng.uniform(-0.03, 0.03), 3), round(rng.uniform(-0.03, 0.03), 3)) for _ in scene.things]
+    things = (
+        t.replace(x=round(t.x + dx, 3), y=round(t.y + dy, 3)) for t, (dx, dy) in zip(scene.things, nudge, strict=True)
+    )
     return scene.replace(things=tuple(things))
 
 

@@ -28,11 +28,20 @@ from . import autoencoder as ae
 from . import plot, workers
 from .data import Batch, Pool
 from .model import AUTOENCODER, Denoiser, position_ids, save_pipeline, save_tokenizers
+from .muon import Muon
 from .workers import average_gradients
 
 SIZES = ((64, 64), (96, 96), (64, 128), (128, 64), (128, 128), (64, 96), (96, 64))
 TOKENS = 1536  # per micro-batch, text included
-LEARNING_RATE, WARMUP = 1e-3, 200
+LEARNING_RATE, WARMUP = 2e-3, 100
+# Not matrices inside the network: embeddings, the first and the last layer.
+EDGES = (
+    "embedding.weight",
+    "shared.weight",
+    "relative_attention_bias.weight",
+    "img_in/weight",
+    "final_layer/linear/weight",
+)
 FIRST_CHUNKS, GROW_EVERY = 24, 60  # chunks of 256 at the start, and steps between one more of each kind
 
 
@@ -76,7 +85,8 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = Denoiser(run / "tokenizers")
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01)
+    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and not name.endswith(EDGES)]
+    optimizer = Muon(hidden, [p for p in parameters if all(p is not h for h in hidden)])
     average, start, path = [p.detach().clone() for p in parameters], 0, run / "denoiser.pt"
     if path.exists():
         state = torch.load(path)
