@@ -1,0 +1,98 @@
+"""The command line: one table of commands, each in its own module, imported only when it is the one asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import fluxkiln
+
+# Command -> (module with `add_arguments(parser)` and `run(args) -> exit code`, what it does), or a group of commands.
+Table = Mapping[str, "tuple[str, str] | tuple[Table, str]"]
+COMMANDS: Table = {
+    "generate": ("fluxkiln.cmd_generate", "make images from text"),
+    "edit": ("fluxkiln.cmd_edit", "change a picture by instruction, all of it or inside a mask"),
+    "info": ("fluxkiln.cmd_info", "say what a model file is, or how an image was made"),
+    "verify": ("fluxkiln.cmd_verify", "hold every backend that runs here to float64"),
+    "kernels": ("fluxkiln.cmd_kernels", "list kernels with their compiled resources, or why one does not exist"),
+    "bench": (
+        {
+            "kernels": ("fluxkiln.bench.kernels", "time every kernel"),
+            "step": ("fluxkiln.bench.step", "time one denoise step and measure its memory"),
+            "image": ("fluxkiln.bench.image", "time a whole image, and measure its distance from the reference"),
+            "tune": ("fluxkiln.bench.tune", "search launch tables"),
+        },
+        "measure",
+    ),
+    "quantize": ("fluxkiln.cmd_quantize", "write a checkpoint in fp8 or nvfp4"),
+    "export": ("fluxkiln.export.cmd_export", "write the transformer as ONNX"),
+    "build": ("fluxkiln.export.cmd_build", "build TensorRT engines"),
+    "engines": ("fluxkiln.engines.cmd_engines", "list the engines in the store"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, 1 for an error (one sentence on stderr), 2 for a wrong argument."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    try:
+        args = _parser(argv).parse_args(argv)
+        return args.run(args)
+    except SystemExit as stop:  # argparse has said what was wrong, or printed help
+        return stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        print("fluxkiln: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough; keep Python from complaining again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        print(f"fluxkiln: {sentence(error)}", file=sys.stderr)
+        return 1
+
+
+def sentence(error: Exception) -> str:
+    """An exception for the user of a command."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and str(error):
+        return str(error)
+    return f"unexpected {type(error).__name__}: {error}; run the command with --debug for where it happened"
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """All commands by name, but arguments only of the one that `argv` names: the others are not imported."""
+    parser = _Parser(prog="fluxkiln", description="Run FLUX.1 (dev, schnell, Kontext) on the GPU you own.")
+    parser.add_argument("--version", action="version", version=f"fluxkiln {fluxkiln.__version__}")
+    _add(parser, COMMANDS, [word for word in argv if not word.startswith("-")])
+    return parser
+
+
+def _add(parser: argparse.ArgumentParser, table: Table, words: Sequence[str]) -> None:
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (target, what) in table.items():
+        command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+        if not words or words[0] != name:
+            continue
+        if isinstance(target, str):
+            module = importlib.import_module(target)
+            module.add_arguments(command)
+            command.add_argument("--debug", action="store_true", help="show where an error happened")
+            command.set_defaults(run=module.run)
+        else:
+            _add(command, target, words[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
