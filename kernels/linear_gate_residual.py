@@ -87,8 +87,8 @@ def _linear_gate_residual(
     gate_ptr, stride_gb, stride_gs,            # [B, S, N]
     CONSTANTS: tl.constexpr,
 ):  # fmt: skip
-    rows = b.to(tl.int64) * L + row + tl.arange(0, y.shape[0])
-    residual_ptrs = residual_ptr + rows[:, None] * N + offs_n[None, :]
+    rows = row + tl.arange(0, y.shape[0])
+    residual_ptrs = residual_ptr + b.to(tl.int64) * L * N + rows[:, None] * N + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
     gate = tl.load(gate_ptr + b * stride_gb + stream * stride_gs + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)

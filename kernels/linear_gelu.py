@@ -103,38 +103,43 @@ def _linear_gelu(
     PTX: tl.constexpr = CONSTANTS[2]
     M: tl.constexpr = y.shape[0]
     WIDTH: tl.constexpr = y.shape[1]
-    rows = b.to(tl.int64) * L + row + tl.arange(0, M)
+    # 64-bit up to the image, 32-bit within: pointers are what the epilogue's registers are short of.
+    first = b.to(tl.int64) * L
+    rows = row + tl.arange(0, M)
     mask = mask_m[:, None] & mask_n[None, :]
 
     y = _gelu(y)
     if dense_ptr is not None:
-        tl.store(dense_ptr + rows[:, None] * N + offs_n[None, :], y.to(dense_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            dense_ptr + first * N + rows[:, None] * N + offs_n[None, :], y.to(dense_ptr.dtype.element_ty), mask=mask
+        )
     if FORMAT == "dense":
-        tl.store(data_ptr + rows[:, None] * N + offs_n[None, :], y.to(data_ptr.dtype.element_ty), mask=mask)
+        tl.store(data_ptr + first * N + rows[:, None] * N + offs_n[None, :], y.to(data_ptr.dtype.element_ty), mask=mask)
     else:
         if static_ptr is not None:
             scale = tl.zeros((M,), tl.float32) + tl.load(static_ptr)
         else:
-            norm = tl.load(row_norm_ptr + rows, mask=mask_m, other=0.0)
+            norm = tl.load(row_norm_ptr + first + rows, mask=mask_m, other=0.0)
             bound = norm * tl.load(bound_ptr + 2 * stream) + tl.load(bound_ptr + 2 * stream + 1)
             scale = bound * (1.0 / LARGEST)
         scale = tl.maximum(scale, _TINY)
         # Every tile of a row finds the same scale: who writes it does not matter.
-        tl.store(scale_ptr + rows, scale, mask=mask_m)
+        tl.store(scale_ptr + first + rows, scale, mask=mask_m)
         if FORMAT == "fp8":
             codes = y * (1.0 / scale)[:, None]
             if LARGEST < 448.0:  # quantisation noise in x may take y beyond its bound; the conversion saturates at 448
                 codes = tl.clamp(codes, -LARGEST, LARGEST)
-            tl.store(data_ptr + rows[:, None] * N + offs_n[None, :], codes.to(tl.float8e4nv), mask=mask)
+            tl.store(data_ptr + first * N + rows[:, None] * N + offs_n[None, :], codes.to(tl.float8e4nv), mask=mask)
         else:
             codes, block_scale = nvfp4_blocks(y, scale, M, WIDTH, PTX)
-            first = tl.min(offs_n, axis=0)
-            offs_pair = first // 2 + tl.arange(0, WIDTH // 2)
-            offs_block = first // 16 + tl.arange(0, WIDTH // 16)
+            n = tl.min(offs_n, axis=0)
+            offs_pair = n // 2 + tl.arange(0, WIDTH // 2)
+            offs_block = n // 16 + tl.arange(0, WIDTH // 16)
             mask_pair = mask_m[:, None] & (offs_pair < N // 2)[None, :]
             mask_block = mask_m[:, None] & (offs_block < N // 16)[None, :]
-            tl.store(data_ptr + rows[:, None] * (N // 2) + offs_pair[None, :], codes, mask=mask_pair)
-            tl.store(block_scale_ptr + rows[:, None] * (N // 16) + offs_block[None, :], block_scale, mask=mask_block)
+            tl.store(data_ptr + first * (N // 2) + rows[:, None] * (N // 2) + offs_pair[None, :], codes, mask=mask_pair)
+            block_ptrs = block_scale_ptr + first * (N // 16) + rows[:, None] * (N // 16) + offs_block[None, :]
+            tl.store(block_ptrs, block_scale, mask=mask_block)
 
 
 # --- launch -----------------------------------------------------------------------------------

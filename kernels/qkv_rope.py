@@ -193,11 +193,24 @@ _EPS, _TINY = constexpr(EPS), constexpr(TINY)
 
 
 @jit
-def _store_pairs(first, second, out_ptr, at, mask, inverse, HALF: tl.constexpr):
-    """Halves of heads `[M, HEADS, HALF]`; `inverse` of the FP8 scale."""
-    ptrs = out_ptr + at + tl.arange(0, HALF)[None, None, :]
-    tl.store(ptrs, (first * inverse).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(ptrs + HALF, (second * inverse).to(out_ptr.dtype.element_ty), mask=mask)
+def _rotated(first, second, norm_ptr, rope_ptr, rows, mask_m, M: tl.constexpr, D: tl.constexpr):
+    """RMSNorm and rotation of heads given as halves `[M, HEADS, D / 2]`."""
+    squares = tl.sum(first * first + second * second, axis=2)  # [M, HEADS]
+    rstd = tl.rsqrt(squares / D + _EPS)[:, :, None]
+    offs = tl.arange(0, D // 2)
+    first *= rstd * tl.load(norm_ptr + offs)[None, None, :]
+    second *= rstd * tl.load(norm_ptr + D // 2 + offs)[None, None, :]
+    rope_ptrs = rope_ptr + rows[:, None] * D + tl.arange(0, D)[None, :]
+    rope = tl.load(rope_ptrs, mask=mask_m[:, None], other=0.0)  # cos and sin in turns
+    cos, sin = tl.split(tl.reshape(rope, (M, 1, D // 2, 2)))
+    return first * cos - second * sin, first * sin + second * cos
+
+
+@jit
+def _store_halves(first, second, inverse, ptrs, mask, HALF: tl.constexpr):
+    ptrs += tl.arange(0, HALF)[None, None, :]
+    tl.store(ptrs, (first * inverse).to(ptrs.dtype.element_ty), mask=mask)
+    tl.store(ptrs + HALF, (second * inverse).to(ptrs.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -212,51 +225,48 @@ def _qkv_rope(
     D: tl.constexpr = CONSTANTS[0]
     FP8: tl.constexpr = CONSTANTS[1]
     RAW_QUERY: tl.constexpr = CONSTANTS[2]
-    HALF: tl.constexpr = D // 2
     M: tl.constexpr = y.shape[0]
     HEADS: tl.constexpr = y.shape[1] // D
     rows = row + tl.arange(0, M)
     heads = tl.min(offs_n, axis=0) // D + tl.arange(0, HEADS)
-    mask = mask_m[:, None, None] & (heads < N // D)[None, :, None]
-    at = (b.to(tl.int64) * L + rows)[:, None, None] * N + heads[None, :, None] * D  # [M, HEADS, 1]
-    y = tl.reshape(y, (M, HEADS, D))
+    mask_h = heads < N // D
+    mask = mask_m[:, None, None] & mask_h[None, :, None]
+    image = b.to(tl.int64) * L * N
+    at = rows[:, None, None] * N + heads[None, :, None] * D  # [M, HEADS, 1]
 
-    if part < 2:
-        first, second = tl.split(tl.permute(tl.reshape(y, (M, HEADS, 2, HALF)), (0, 1, 3, 2)))  # [M, HEADS, HALF]
-        if not RAW_QUERY or part == 1:
-            rstd = tl.rsqrt(tl.sum(y * y, axis=2) / D + _EPS)[:, :, None]
-            norm_ptrs = norm_ptr + (stream * 2 + part) * D + tl.arange(0, HALF)
-            first *= rstd * tl.load(norm_ptrs)[None, None, :]
-            second *= rstd * tl.load(norm_ptrs + HALF)[None, None, :]
-            rope_ptrs = rope_ptr + b.to(tl.int64) * stride_rb + rows[:, None] * D + tl.arange(0, D)[None, :]
-            rope = tl.load(rope_ptrs, mask=mask_m[:, None], other=0.0)
-            cos, sin = tl.split(tl.reshape(rope, (M, 1, HALF, 2)))
-            first, second = first * cos - second * sin, first * sin + second * cos
-        if part == 0:
-            inverse = 1.0 / tl.load(scale_ptr) if FP8 and not RAW_QUERY else 1.0
-            _store_pairs(first, second, q_ptr, at, mask, inverse, HALF)
-        else:
-            inverse = 1.0 / tl.load(scale_ptr + 1) if FP8 else 1.0
-            _store_pairs(first, second, k_ptr, at, mask, inverse, HALF)
-    else:
+    if part == 2:
         text_blocks = tl.cdiv(split, M)
         blocks = text_blocks + tl.cdiv(L - split, M)
         block = tl.where(row >= split, text_blocks + (row - split) // M, row // M)
-        y = tl.where(mask, y, 0.0)
-        scale = tl.maximum(tl.max(tl.max(tl.abs(y), axis=2), axis=0) * (1.0 / 448.0), _TINY)  # [HEADS]
+        v = tl.where(mask, tl.reshape(y, (M, HEADS, D)), 0.0)
+        scale = tl.maximum(tl.max(tl.max(tl.abs(v), axis=2), axis=0) * (1.0 / 448.0), _TINY)  # [HEADS]
         head = b.to(tl.int64) * (N // D) + heads
-        tl.store(v_scale_ptr + head * blocks + block, scale, mask=heads < N // D)
+        tl.store(v_scale_ptr + head * blocks + block, scale, mask=mask_h)
         if FP8:
-            codes = (y * (1.0 / scale)[None, :, None]).to(tl.float8e4nv)
+            codes = (v * (1.0 / scale)[None, :, None]).to(tl.float8e4nv)
             # Tokens become contiguous, as `attention.interleaved`: 8 b + 2 t + c of every 16 goes to 4 t + 2 b + c.
-            codes = tl.reshape(codes, (M // 16, 2, 4, 2, HEADS, D))
-            codes = tl.reshape(tl.permute(codes, (4, 5, 0, 2, 1, 3)), (HEADS, D, M))
-            offs_d = tl.arange(0, D)[None, :, None]
-            offs_m = tl.arange(0, M)[None, None, :]
-            ptrs = v_ptr + (head[:, None, None] * D + offs_d) * (blocks * M) + block * M + offs_m
-            tl.store(ptrs, codes, mask=(heads < N // D)[:, None, None])
+            codes = tl.permute(tl.reshape(codes, (M // 16, 2, 4, 2, HEADS, D)), (4, 5, 0, 2, 1, 3))
+            row_d = head[:, None, None] * D + tl.arange(0, D)[None, :, None]
+            ptrs = v_ptr + row_d * (blocks * M) + block * M + tl.arange(0, M)[None, None, :]
+            tl.store(ptrs, tl.reshape(codes, (HEADS, D, M)), mask=mask_h[:, None, None])
         else:
-            tl.store(v_ptr + at + tl.arange(0, D)[None, None, :], y.to(v_ptr.dtype.element_ty), mask=mask)
+            tl.store(v_ptr + image + at + tl.arange(0, D)[None, None, :], v.to(v_ptr.dtype.element_ty), mask=mask)
+    else:
+        halves = tl.permute(tl.reshape(y, (M, HEADS, 2, D // 2)), (0, 1, 3, 2))
+        first, second = tl.split(halves)  # [M, HEADS, D / 2]
+        norm_ptrs = norm_ptr + (stream * 2 + part) * D
+        rope_ptrs = rope_ptr + b.to(tl.int64) * stride_rb
+        if RAW_QUERY:
+            if part == 0:
+                _store_halves(first, second, 1.0, q_ptr + image + at, mask, D // 2)
+            else:
+                first, second = _rotated(first, second, norm_ptrs, rope_ptrs, rows, mask_m, M, D)
+                inverse = 1.0 / tl.load(scale_ptr + 1) if FP8 else 1.0
+                _store_halves(first, second, inverse, k_ptr + image + at, mask, D // 2)
+        else:
+            first, second = _rotated(first, second, norm_ptrs, rope_ptrs, rows, mask_m, M, D)
+            inverse = 1.0 / tl.load(scale_ptr + part) if FP8 else 1.0
+            _store_halves(first, second, inverse, tl.where(part == 0, q_ptr, k_ptr) + image + at, mask, D // 2)
 
 
 # --- launch -----------------------------------------------------------------------------------
