@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -74,3 +75,8 @@ EAGER = Ops(
     linear_gate_residual=linear_gate_residual.reference,
     linear=linear.reference,
 )
+
+
+def eager_ops(attention: Literal["bf16", "fp8"] = "bf16") -> Ops:
+    """`EAGER`, with attention in the model's dtype or as FP8 attention computes it."""
+    return EAGER if attention == "bf16" else replace(EAGER, pack_qkv=partial(qkv_rope.Projection, attention=attention))

@@ -9,16 +9,13 @@ over tensors on the meta device (`torch.empty(..., device="meta")`; descriptors 
 expects of the machine code. `compile_launch` compiles it, and `Resources.broken` says which expectation fails.
 The registry collects the configurations; tests hold all of them to zero spills and to their promises.
 
-    python -m fluxkiln.kernels.compile sm_90 [op ...]     one JSON object a line
+    python -m fluxkiln.kernels sm_90 [--op linear]     every configuration, one JSON object a line
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fluxkiln.kernels.arch import ARCHS, parse
+from fluxkiln.kernels.arch import ARCHS
 from fluxkiln.kernels.language import Launch
 
 TENSOR_CORE = re.compile(r"(wgmma\.mma_async\S*|tcgen05\.mma\.[\w.:]+|mma\.sync[\w.:]+)")
@@ -193,22 +190,3 @@ def no_gpu(arch: int) -> Iterator[None]:
         yield
     finally:
         driver._active = before
-
-
-def main(argv: list[str]) -> None:
-    from fluxkiln.kernels import registry
-
-    for configuration in registry.configurations(parse(argv[0])):
-        if argv[1:] and configuration.op not in argv[1:]:
-            continue
-        row = {"op": configuration.op, "format": configuration.format, "config": configuration.name}
-        try:
-            resources = compile_launch(configuration.launch, parse(argv[0]))
-            row |= dataclasses.asdict(resources) | {"broken": resources.broken(configuration)}
-        except Exception as error:  # one kernel's failure must not hide the others'
-            row["broken"] = [f"does not compile: {error}"]
-        print(json.dumps(row), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

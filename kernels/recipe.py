@@ -97,12 +97,16 @@ class Recipe:
     Attributes:
         name: for people and records.
         rules: (pattern over native layer names with `*`, rule); the last match counts.
-        attention: what q, k, v and the weights of softmax are multiplied in.
+        attention: what q, k, v and the weights of softmax are multiplied in; `bf16` is the model's dtype.
     """
 
     name: str
     rules: tuple[tuple[str, Rule], ...] = ()
-    attention: Literal["dense", "fp8"] = "dense"
+    attention: Literal["bf16", "fp8"] = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.attention not in ("bf16", "fp8"):
+            raise ValueError(f"a recipe's attention must be bf16 or fp8, got {self.attention!r}")
 
     def rule(self, layer: str) -> Rule:
         """The rule of a layer, for example of `double_blocks.3.img_mlp.0`."""

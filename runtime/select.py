@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fluxkiln.config import FluxConfig
-from fluxkiln.kernels import EAGER, Ops
+from fluxkiln.kernels import Ops, eager_ops
 from fluxkiln.kernels.recipe import Recipe
 
 BACKENDS = ("auto", "eager", "triton")
@@ -57,7 +57,7 @@ def choose(
         reason = unwise or _refuse(name, config, recipe, device, dtype)
         if reason is None:
             emulated = name == "eager" and any(rule.format != "dense" for _, rule in recipe.rules)
-            return Choice(name, _ops(name), reasons, emulated, fallback=backend not in ("auto", name))
+            return Choice(name, _ops(name, recipe, device), reasons, emulated, fallback=backend not in ("auto", name))
         reasons[name] = reason
     raise RefusedError("; ".join(f"backend {name}: {reason}" for name, reason in reasons.items()))
 
@@ -80,9 +80,9 @@ def _unwise(backend: str, recipe: Recipe, device: torch.device) -> str | None:
     return None
 
 
-def _ops(backend: str) -> Ops:
+def _ops(backend: str, recipe: Recipe, device: torch.device) -> Ops:
     if backend == "eager":
-        return EAGER
+        return eager_ops(recipe.attention)
     from fluxkiln.kernels.backend import triton_ops
 
-    return triton_ops()
+    return triton_ops(device, recipe.attention)
