@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from fluxkiln.config import FluxConfig
+from fluxkiln.kernels.layers import Linear
+from fluxkiln.kernels.recipe import Recipe, quantize
 from fluxkiln.names import SWAPPED, to_diffusers
+
+# small, with one block of each kind and FLUX.1's head dim: what engines and exported graphs are tried on
+SMALL = FluxConfig(
+    in_channels=16, out_channels=16, hidden_size=256, num_heads=2, depth=1, depth_single_blocks=1, context_in_dim=48,
+    vec_in_dim=24,
+)  # fmt: skip
 
 
 def random_tensors(config: FluxConfig, seed: int = 0) -> dict[str, Tensor]:
@@ -23,6 +32,16 @@ def random_tensors(config: FluxConfig, seed: int = 0) -> dict[str, Tensor]:
         return x / shape[1] ** 0.5 if len(shape) == 2 else 0.3 * x
 
     return {name: draw(name, shape) for name, shape in config.tensor_shapes().items()}
+
+
+def layers_of(config: FluxConfig, recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
+    """Random weights by a recipe, as `Transformer` takes them."""
+    layers: dict[str, Any] = {name: tensor.to(dtype) for name, tensor in random_tensors(config).items()}
+    for name in [name.removesuffix(".weight") for name in layers if name.endswith(".weight") and "blocks" in name]:
+        if recipe.rule(name).format != "dense" and "mod" not in name:
+            linear = Linear(layers[f"{name}.weight"], layers[f"{name}.bias"], name=name)
+            layers[name] = quantize(linear, recipe.rule(name))
+    return layers
 
 
 def diffusers_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

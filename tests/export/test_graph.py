@@ -16,30 +16,16 @@ from onnx.reference.op_run import OpRun
 from fluxkiln.config import FluxConfig
 from fluxkiln.export.graph import Traced, trace
 from fluxkiln.export.weights import values
-from fluxkiln.kernels.layers import Linear
-from fluxkiln.kernels.recipe import RECIPES, Recipe, Rule, quantize
+from fluxkiln.kernels.recipe import BY_NORM, BY_TILE, RECIPES, Recipe, Rule
 from fluxkiln.transformer import Transformer
 
-from parity import random_tensors, relative
+from parity import SMALL, layers_of, random_tensors, relative
 
-CONFIG = FluxConfig(
-    in_channels=16, out_channels=16, hidden_size=256, num_heads=2, depth=1, depth_single_blocks=1, context_in_dim=48,
-    vec_in_dim=24,
-)  # fmt: skip
 ALL_NVFP4 = Recipe(
-    "all nvfp4", (("*_blocks.*", Rule("nvfp4", "row")), *((p, Rule("nvfp4", "bound")) for p in ("*proj", "*mlp.2", "*linear2")))
+    "all nvfp4",
+    tuple((p, Rule("nvfp4", "row")) for p in BY_NORM) + tuple((p, Rule("nvfp4", "bound")) for p in BY_TILE),
 )  # fmt: skip
 LOW_RANK = Recipe("fp8 with a branch", tuple((p, Rule(r.format, r.scale, rank=16)) for p, r in RECIPES["fp8"].rules))
-
-
-def layers_of(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
-    """The weights by a recipe, as `Transformer` and `trace` take them."""
-    layers: dict[str, Any] = {name: tensor.to(dtype) for name, tensor in random_tensors(CONFIG).items()}
-    for name in [name.removesuffix(".weight") for name in layers if name.endswith(".weight") and "blocks" in name]:
-        if recipe.rule(name).format != "dense" and "mod" not in name:
-            linear = Linear(layers[f"{name}.weight"], layers[f"{name}.bias"], name=name)
-            layers[name] = quantize(linear, recipe.rule(name))
-    return layers
 
 
 def filled(traced: Traced, layers: dict[str, Any]) -> onnx.ModelProto:
@@ -59,13 +45,13 @@ def inputs(
     dtype: torch.dtype, batch: int = 2, text: int = 7, grid: tuple[int, int] = (3, 5)
 ) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(3)
-    model = Transformer(CONFIG, layers_of(RECIPES["fp32"], dtype))
+    model = Transformer(SMALL, layers_of(SMALL, RECIPES["fp32"], dtype))
     image = grid[0] * grid[1]
     return {
-        "hidden_states": torch.randn(batch, image, CONFIG.in_channels, generator=g).to(dtype),
-        "encoder_hidden_states": torch.randn(batch, text, CONFIG.context_in_dim, generator=g).to(dtype),
+        "hidden_states": torch.randn(batch, image, SMALL.in_channels, generator=g).to(dtype),
+        "encoder_hidden_states": torch.randn(batch, text, SMALL.context_in_dim, generator=g).to(dtype),
         "modulation": model.modulate(
-            torch.randn(batch, CONFIG.vec_in_dim, generator=g),
+            torch.randn(batch, SMALL.vec_in_dim, generator=g),
             torch.linspace(0.9, 0.3, batch),
             torch.full((batch,), 3.5),
         ),
@@ -77,7 +63,7 @@ def inputs(
 
 
 def eager(layers: dict[str, Any], x: dict[str, torch.Tensor]) -> torch.Tensor:
-    model = Transformer(CONFIG, layers)
+    model = Transformer(SMALL, layers)
     rope = model.rope(x["txt_ids"], x["img_ids"])
     return model.step(x["hidden_states"], x["encoder_hidden_states"], x["modulation"], rope)
 
@@ -118,45 +104,50 @@ def run_reference(model: onnx.ModelProto, x: dict[str, torch.Tensor]) -> torch.T
     return torch.from_numpy(np.asarray(latent).astype(np.float32))
 
 
+def tolerance(recipe: Recipe) -> float:
+    """fp32 sums in another order; where codes are made from them, one at a tie may fall to the other side."""
+    return 5e-6 if recipe.name == "fp32" else 5e-4
+
+
 @pytest.mark.parametrize("recipe", [RECIPES["fp32"], RECIPES["fp8"], LOW_RANK], ids=lambda recipe: recipe.name)
 @torch.no_grad()
 def test_onnxruntime_equals_eager_in_the_same_precision(recipe: Recipe) -> None:
-    layers = layers_of(recipe, torch.float32)
-    model = filled(trace(CONFIG, layers, torch.float32), layers)
+    layers = layers_of(SMALL, recipe, torch.float32)
+    model = filled(trace(SMALL, layers, torch.float32), layers)
     onnx.checker.check_model(model, full_check=True)
     x = inputs(torch.float32)
-    assert relative(run_onnxruntime(model, x), eager(layers, x)) < 5e-6
+    assert relative(run_onnxruntime(model, x), eager(layers, x)) < tolerance(recipe)
 
 
 @pytest.mark.parametrize("recipe", [RECIPES["nvfp4"], ALL_NVFP4], ids=lambda recipe: recipe.name)
 @torch.no_grad()
 def test_nvfp4_equals_eager_in_the_same_precision(recipe: Recipe) -> None:
-    layers = layers_of(recipe, torch.float32)
-    traced = trace(CONFIG, layers, torch.float32)
+    layers = layers_of(SMALL, recipe, torch.float32)
+    traced = trace(SMALL, layers, torch.float32)
     x = inputs(torch.float32)
-    assert relative(run_reference(filled(traced, layers), x), eager(layers, x)) < 5e-6
+    assert relative(run_reference(filled(traced, layers), x), eager(layers, x)) < 5e-4
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "nvfp4"])
 @torch.no_grad()
 def test_bf16_rest_errs_no_more_than_the_format(precision: str) -> None:
     """Against fp32 truth; onnx's evaluator sums bf16 products in bf16, so it errs more than eager does."""
-    layers = layers_of(RECIPES[precision], torch.bfloat16)
+    layers = layers_of(SMALL, RECIPES[precision], torch.bfloat16)
     x = inputs(torch.bfloat16)
     truth = eager(
-        {name: t.bfloat16().float() for name, t in random_tensors(CONFIG).items()}, {k: v.float() for k, v in x.items()}
+        {name: t.bfloat16().float() for name, t in random_tensors(SMALL).items()}, {k: v.float() for k, v in x.items()}
     )
     ours = relative(eager(layers, x), truth)
-    assert relative(run_reference(filled(trace(CONFIG, layers), layers), x), truth) < 1.3 * ours + 0.02
+    assert relative(run_reference(filled(trace(SMALL, layers), layers), x), truth) < 1.3 * ours + 0.02
 
 
 @torch.no_grad()
 def test_sizes_are_dynamic() -> None:
-    layers = layers_of(RECIPES["fp8"], torch.float32)
-    model = filled(trace(CONFIG, layers, torch.float32), layers)
+    layers = layers_of(SMALL, RECIPES["fp8"], torch.float32)
+    model = filled(trace(SMALL, layers, torch.float32), layers)
     for batch, text, grid in ((1, 1, (1, 1)), (3, 13, (7, 2))):
         x = inputs(torch.float32, batch, text, grid)
-        assert relative(run_onnxruntime(model, x), eager(layers, x)) < 5e-6
+        assert relative(run_onnxruntime(model, x), eager(layers, x)) < 5e-4
 
 
 def test_full_size_is_traced_without_weights() -> None:
