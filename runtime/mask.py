@@ -70,8 +70,8 @@ class Region:
         if feather is None:
             feather = max(round(min(box[2] - box[0], box[3] - box[1]) * FEATHER), 1)
         if padding is not None:  # the feather lies inside the box
-            around = _grown(inner, feather, picture.size)
-            box = (*map(min, box[:2], around[:2]), *map(max, box[2:], around[2:]))
+            left, top, right, bottom = _grown(inner, feather, picture.size)
+            box = (min(box[0], left), min(box[1], top), max(box[2], right), max(box[3], bottom))
         return cls(picture, mask, box, feather)
 
     @property
@@ -92,8 +92,8 @@ class Region:
         bbox = self.mask.getbbox()
         assert bbox is not None
         area = _grown(bbox, self.feather, self.picture.size)  # nothing changes outside
-        within = tuple(a - b for a, b in zip(area, self.box[:2] * 2, strict=True))
-        new = resize(rendered, self.size).crop(within)
+        x, y = self.box[:2]
+        new = resize(rendered, self.size).crop((area[0] - x, area[1] - y, area[2] - x, area[3] - y))
         opacity = _opacity(np.asarray(self.mask.crop(area)) > 0, self.feather)
         result = self.picture.copy()
         result.paste(new, area[:2], Image.fromarray(opacity))

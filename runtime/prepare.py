@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, SupportsIndex, get_args
+from typing import Literal, SupportsIndex, cast, get_args
 
 import numpy as np
 from PIL import Image
@@ -295,46 +295,51 @@ def look(
     Raises:
         ValueError: a picture that cannot be read, a size that cannot be made, a mask without anything to repaint.
     """
-    given = list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image]
+    given = list(image) if isinstance(image, (list, tuple)) else [] if image is None else [cast(Source, image)]
     if image is not None and not given:
         raise ValueError("image is an empty list")
-    several = "several images need a Kontext model without strength" if mode != "fill" else "fill takes one image"
     if len(given) > 1 and (variant != "kontext" or mode == "image-to-image"):
-        raise ValueError(f"{len(given)} images, but {several}")
+        raise ValueError(f"{len(given)} images, but several need a Kontext model, and no strength")
     if padding is not None and mask_image is None:
         raise ValueError("padding_mask_crop needs a mask_image")
-    size_for = images.kontext_size if variant == "kontext" else images.fit
     opened = [images.open_picture(source, "image") for source in given]
+    size_for = images.kontext_size if variant == "kontext" else images.fit
 
     if mode == "text-to-image":
         return Scene(*_sides(width, height, (side, side), notices))
     if mode == "control":
         assert control_image is not None
-        picture = images.open_picture(control_image, "control_image")
-        control = images.rgb(picture)
+        given_control = images.open_picture(control_image, "control_image")
+        control = images.rgb(given_control)
         scene = Scene(*_sides(width, height, images.fit(*control.size, side), notices))
-        scene.control = _resized(scene, "control", picture, control, (scene.width, scene.height))
-        return scene
-    if mode in ("masked-edit", "fill"):
-        assert mask_image is not None
-        mask_picture = images.open_picture(mask_image, "mask_image")
-        region = _region(opened[0], mask_picture, width, height, padding, feather, notices)
-        scene = Scene(*_sides(width, height, size_for(*region.size, side), notices), region=region)
-        scene.start, scene.mask = region.view((scene.width, scene.height))
-        how = "lanczos" if region.size != scene.start.size else "none"
-        scene.pictures = [
-            Picture.of("image", opened[0], scene.start.size, how),
-            Picture.of("mask", mask_picture, scene.start.size, "box" if how != "none" else "none"),
-        ]
-        if mode == "masked-edit" and variant == "kontext":
-            scene.references = [scene.start, *_references(scene, opened[1:], side)]
+        scene.control = _resized(scene, "control", given_control, control, (scene.width, scene.height))
         return scene
     first = images.rgb(opened[0])
-    scene = Scene(*_sides(width, height, size_for(*first.size, side), notices))
     if mode == "edit":
+        scene = Scene(*_sides(width, height, images.kontext_size(*first.size, side), notices))
         scene.references = _references(scene, opened, side)
-    else:
+        return scene
+    if mode == "image-to-image":
+        scene = Scene(*_sides(width, height, size_for(*first.size, side), notices))
         scene.start = _resized(scene, "image", opened[0], first, (scene.width, scene.height))
+        return scene
+
+    assert mask_image is not None
+    given_mask = images.open_picture(mask_image, "mask_image")
+    mask = _stretched(images.grey(given_mask), first.size, notices)
+    region = Region.of(first, mask, padding, feather, width / height if width and height else None)
+    if region.mask.getextrema() == (255, 255):
+        notices.append("the mask is all white: the whole image is repainted")
+    scene = Scene(*_sides(width, height, size_for(*region.size, side), notices), region=region)
+    size = (scene.width, scene.height)
+    scene.start, scene.mask = region.view(size)
+    resized = region.size != size
+    scene.pictures = [
+        Picture.of("image", opened[0], size, "lanczos" if resized else "none"),
+        Picture.of("mask", given_mask, size, "box" if resized else "none"),
+    ]
+    if mode == "masked-edit" and variant == "kontext":
+        scene.references = [scene.start, *_references(scene, opened[1:], side)]
     return scene
 
 
@@ -350,24 +355,12 @@ def _sides(width: int | None, height: int | None, default: tuple[int, int], noti
     return sides[0], sides[1]
 
 
-def _region(
-    picture: Image.Image,
-    mask_picture: Image.Image,
-    width: int | None,
-    height: int | None,
-    padding: int | None,
-    feather: int | None,
-    notices: list[str],
-) -> Region:
-    whole, mask = images.rgb(picture), images.grey(mask_picture)
-    if mask.size != whole.size:
-        sizes = f"{mask.width} x {mask.height} pixels, the image {whole.width} x {whole.height}"
-        notices.append(f"the mask has {sizes}: the mask is stretched to the image")
-        mask = mask.resize(whole.size, Image.Resampling.BILINEAR)
-    region = Region.of(whole, mask, padding, feather, width / height if width and height else None)
-    if region.mask.getextrema() == (255, 255):
-        notices.append("the mask is all white: the whole image is repainted")
-    return region
+def _stretched(mask: Image.Image, size: tuple[int, int], notices: list[str]) -> Image.Image:
+    if mask.size == size:
+        return mask
+    sizes = f"{mask.width} x {mask.height} pixels, the image {size[0]} x {size[1]}"
+    notices.append(f"the mask has {sizes}: the mask is stretched to the image")
+    return mask.resize(size, Image.Resampling.BILINEAR)
 
 
 def _references(scene: Scene, opened: Sequence[Image.Image], side: int) -> list[Image.Image]:

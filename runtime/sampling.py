@@ -84,7 +84,7 @@ class Scheduler:
             sigmas = np.linspace(1.0, 1 / num_steps, num_steps).tolist()
         elif not len(sigmas) or not all(1 >= a > b for a, b in zip(sigmas, [*sigmas[1:], 0.0], strict=True)):
             raise ValueError(f"sigmas must fall from at most 1 and stay above 0 (the 0 is added), got {list(sigmas)}")
-        s = np.asarray(sigmas, dtype=np.float32)
+        s: np.ndarray = np.asarray(sigmas, dtype=np.float32)
         if not self.use_dynamic_shifting:
             s = self.shift * s / (1 + (self.shift - 1) * s)
         else:
