@@ -10,6 +10,8 @@ whole, so a folder with a manifest holds a whole engine; two builders of one key
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -224,14 +226,17 @@ class Store:
         return self._open(self._publish(scratch, stored.manifest.subject.key))
 
     def _publish(self, scratch: Path, key: str) -> Path:
+        """Give a whole engine its name; the one that has it is moved out of the way, by whoever is first."""
         target = self.root / key
-        try:
-            scratch.rename(target)
-        except OSError:  # there already: another builder was first, or this one replaces it
-            if not target.is_dir():
-                raise
-            self.remove(Stored(target, None, None))
-            scratch.rename(target)
+        for last in (False,) * 99 + (True,):
+            try:
+                scratch.rename(target)
+                break
+            except OSError as error:  # the name is taken: which error that is depends on the system
+                if last or error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES):
+                    raise
+            with contextlib.suppress(FileNotFoundError):  # another builder moved it
+                self.remove(Stored(target, None, None))
         return target
 
     def _open(self, folder: Path) -> Stored:
