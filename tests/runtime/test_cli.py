@@ -1,0 +1,383 @@
+"""The command line, called as a user does, on a tiny random pipeline."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import fluxkiln.pipeline
+from fluxkiln import cli, metadata
+from fluxkiln.autoencoder import Autoencoder, AutoencoderConfig
+from fluxkiln.cli import main
+from fluxkiln.config import FluxConfig, scaled_axes
+from fluxkiln.pipeline import Pipeline
+from fluxkiln.record import Part
+from fluxkiln.transformer import Transformer
+
+from parity import random_tensors
+
+
+class Words:
+    """Text encoders of a kind: embeddings drawn by the prompt."""
+
+    def encode(self, prompt: str, prompt_2: str, length: int) -> tuple[Tensor, Tensor]:
+        pooled = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+        sequence = torch.Generator().manual_seed(zlib.crc32(prompt_2.encode()))
+        return torch.randn(1, min(length, 5), 32, generator=sequence), torch.randn(1, 24, generator=pooled)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Pipeline:
+    config = FluxConfig(16, 16, 128, 2, 1, 1, 4.0, 32, 24, True, scaled_axes(64))
+    torch.manual_seed(0)
+    return Pipeline(
+        Transformer(config, random_tensors(config)),
+        Autoencoder(AutoencoderConfig((8, 8, 8, 8), 1, latent_channels=4, norm_num_groups=2)),
+        Words(),  # type: ignore[arg-type]
+        variant="kontext",
+        side=64,
+        parts=(Part("transformer", "tiny", "bfl", "ab" * 32),),
+    )
+
+
+@pytest.fixture
+def opened(tiny: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
+    """Work in a folder of the test, where the tiny pipeline is whatever model is asked for; returns what was opened."""
+    calls: list[tuple[Any, dict[str, Any]]] = []
+
+    def from_pretrained(name: str, **options: Any) -> Pipeline:
+        calls.append((name, options))
+        return tiny
+
+    def from_files(**options: Any) -> Pipeline:
+        calls.append((None, options))
+        return tiny
+
+    monkeypatch.setattr(fluxkiln.pipeline.Pipeline, "from_pretrained", staticmethod(from_pretrained), raising=False)
+    monkeypatch.setattr(fluxkiln.pipeline.Pipeline, "from_files", staticmethod(from_files), raising=False)
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def photo(path: str, seed: int = 0, side: int = 64) -> str:
+    coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+FAST = ["--steps", "2", "--width", "32", "--height", "32"]
+
+
+# --- help and errors ----------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from fluxkiln.cli import main; "
+        "codes = [main(['--help']), main(['generate', '--help']), main(['edit', '--help']), main(['info', '--help'])]; "
+        "heavy = {'torch', 'numpy', 'PIL', 'transformers', 'safetensors', 'triton', 'tqdm'} & sys.modules.keys(); "
+        "sys.exit(f'{codes} {heavy}' if heavy or any(codes) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    for command in cli.COMMANDS:
+        assert f"\n    {command} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "fluxkiln: the following arguments are required: COMMAND"),
+        (["genrate"], 2, "invalid choice: 'genrate'"),
+        (["generate", "a", "--steps", "few"], 2, "fluxkiln generate: argument --steps: invalid int value: 'few'"),
+        (["generate", "a", "--guidance", "3,x"], 2, "must be numbers with commas between, got '3,x'"),
+        (["generate", "a", "--cache-size", "big"], 2, "a size is like 500MB or 2GB"),
+        (["generate", "a\udcff"], 2, "is not text"),
+        (["generate"], 1, "give either a prompt or --prompts FILE"),
+        (["generate", "a", "--prompts", "p.txt"], 1, "not both"),
+        (["generate", "a", "-n", "0"], 1, "-n must be at least 1, got 0"),
+        (["generate", "a", "-o", "a.gif"], 1, "'a.gif' must end in .png"),
+        (["generate", "a", "-o", "{user}.png"], 1, "no field {user}"),
+        (["generate", "--prompts", "absent.txt"], 1, "absent.txt: No such file or directory"),
+        (["generate", "a", "--model", "x", "--transformer", "y"], 1, "give either --model or single files"),
+        (["generate", "a", "--vae", "y"], 1, "single files need --transformer FILE"),
+        (["generate", "a", "--width", "8"], 1, "8"),
+        (["generate", "a", "--seed", "-1"], 1, "-1"),
+        (["generate", "--from", "absent.png"], 1, "absent.png: No such file or directory"),
+        (["edit", "absent.png", "a"], 1, "absent.png"),
+        (["info", "absent.png"], 1, "absent.png: No such file or directory"),
+        (["info", "absent.safetensors"], 1, "absent.safetensors"),
+    ],
+)
+def test_errors_are_one_sentence(
+    opened: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
+) -> None:
+    assert main(arguments) == code
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.startswith("fluxkiln")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    assert list(Path().iterdir()) == []
+
+
+def test_debug_shows_where(opened: Any) -> None:
+    with pytest.raises(ValueError, match="must end in"):
+        main(["generate", "a", "-o", "a.gif", "--debug"])
+
+
+def test_a_model_that_is_not_there_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not hasattr(Pipeline, "from_pretrained"):
+        pytest.skip("Pipeline.from_pretrained is not written yet")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "a", "--model", "black-forest-labs/FLUX.1-dev"]) == 1
+    said = capsys.readouterr().err
+    assert [line.split(".")[0].strip() for line in said.splitlines()[1:]] == ["1", "2", "3"]
+    assert "hf auth login" in said
+
+
+# --- generate -----------------------------------------------------------------------------------
+
+
+def test_generate(opened: list, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a fox", "-o", "out/fox.png", "--seed", "7", "--precision", "bf16", *FAST]) == 0
+    assert opened == [("shapes", {"precision": "bf16"})]
+    record = metadata.read("out/fox.png")
+    assert (record.prompt, record.seed, len(record.request.schedule)) == ("a fox", 7, 3)
+    assert pixels("out/fox.png").shape == (32, 32, 3)
+    said = capsys.readouterr()
+    assert said.out.startswith("out/fox.png  32x32, seed 7, eager ")
+
+
+def test_the_same_command_writes_the_same_file(opened: Any) -> None:
+    for name in ("a.png", "b.png"):
+        assert main(["generate", "a fox", "-o", name, "--seed", "7", *FAST]) == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_every_option_reaches_the_pipeline(opened: Any) -> None:
+    options = ["--guidance", "4,3", "--negative-prompt", "dull", "--true-cfg-scale", "2", "--prompt-2", "b"]
+    assert main(["generate", "a", "-o", "a.png", "--max-sequence-length", "3", "--sigmas", "1,0.5", *options]) == 0
+    request = metadata.read("a.png").request
+    assert request.guidance == (4.0, 3.0)
+    assert (request.negative_prompts, request.true_cfg_scale) == (("dull",), 2.0)
+    assert (request.prompts_2, request.max_sequence_length, request.sigmas) == (("b",), 3, (1.0, 0.5))
+
+
+def test_single_files(opened: list) -> None:
+    files = ["--transformer", "t.safetensors", "--vae", "v.safetensors", "--clip", "c", "--t5", "x"]
+    assert main(["generate", "a", "-o", "a.png", *files, "--device", "cpu", *FAST]) == 0
+    names = {"transformer": "t.safetensors", "vae": "v.safetensors", "clip": "c", "t5": "x"}
+    assert opened == [(None, {**names, "device": "cpu"})]
+
+
+def test_several_images_have_seeds_and_names_of_their_own(opened: Any) -> None:
+    assert main(["generate", "a", "-n", "3", "--seed", "5", "-o", "{seed}_{index:02}.png", *FAST]) == 0
+    assert sorted(p.name for p in Path().iterdir()) == ["5_00.png", "6_01.png", "7_02.png"]
+    assert main(["generate", "a", "--seed", "6", "-o", "alone.png", *FAST]) == 0
+    assert np.array_equal(pixels("alone.png"), pixels("6_01.png"))
+    assert main(["generate", "a", "-n", "2", "-o", "random.png", *FAST]) == 0
+    seeds = [metadata.read(name).seed for name in ("random.png", "random-1.png")]
+    assert seeds[0] != seeds[1]
+
+
+def test_files_are_kept_unless_overwrite_is_asked_for(opened: Any) -> None:
+    for seed in ("1", "2"):
+        assert main(["generate", "a", "-o", "a.png", "--seed", seed, *FAST]) == 0
+    assert [metadata.read(name).seed for name in ("a.png", "a-1.png")] == [1, 2]
+    assert main(["generate", "a", "-o", "a.png", "--seed", "3", "--overwrite", *FAST]) == 0
+    assert metadata.read("a.png").seed == 3
+
+
+def test_a_folder_as_output(opened: Any) -> None:
+    assert main(["generate", "a fox!", "-o", "new/", "--seed", "1", *FAST]) == 0
+    assert Path("new/a-fox-1.png").is_file()
+
+
+def test_no_metadata(opened: Any) -> None:
+    assert main(["generate", "a secret", "-o", "a.png", "--no-metadata", *FAST]) == 0
+    assert b"secret" not in Path("a.png").read_bytes()
+
+
+def test_json(opened: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "ein Füchslein", "-n", "2", "--seed", "1", "-o", "a.png", "--json", *FAST]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [image["path"] for image in result["images"]] == ["a.png", "a-1.png"]
+    assert result["images"][1]["record"]["request"]["seeds"] == [2]
+    assert result["images"][0]["record"]["timings"]["total"] > 0
+
+
+def test_dry_run_runs_nothing(opened: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a fox", "--seed", "7", "--dry-run", "--width", "70", "--height", "32"]) == 0
+    said = capsys.readouterr().out
+    assert "a fox" in said
+    assert "64x32" in said
+    assert "28 steps" in said
+    assert "a-fox-7.png" in said
+    assert list(Path().iterdir()) == []
+    assert main(["generate", "a fox", "--seed", "7", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"][0]["record"]["timings"] is None
+
+
+def test_cache(opened: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "a", "--seed", "1", "--cache", "cache", "--cache-size", "1MB", *FAST]
+    assert main([*command, "-o", "a.png"]) == 0
+    assert "from the cache" not in capsys.readouterr().out
+    assert main([*command, "-o", "b.png"]) == 0
+    assert "from the cache" in capsys.readouterr().out
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    assert main(["generate", "a", "--cache", "other", "-o", "c.png", *FAST]) == 0
+    assert not Path("other").exists()
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+def test_batch_resumes(opened: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("p.txt").write_text("a\nb\na\n")
+    command = ["generate", "--prompts", "p.txt", "-o", "out/{prompt}.png", "--seed", "1", *FAST]
+    assert main(command) == 0
+    assert sorted(p.name for p in Path("out").iterdir()) == ["a-1.png", "a.png", "b.png", "results.jsonl"]
+    Path("out/b.png").unlink()
+    before = Path("out/a.png").stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "2 of 3 images are in out/results.jsonl already" in said.err
+    assert said.out.startswith("out/b.png")
+    assert said.out.count("\n") == 1
+    assert Path("out/a.png").stat().st_mtime_ns == before
+    assert len(list(Path("out").iterdir())) == 4
+
+
+def test_batch_from_jsonl_goes_on_after_a_failure(opened: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    requests = [
+        {"id": "good", "prompt": "a", "seed": 1},
+        {"id": "bad", "prompt": "b", "image": "absent.png"},
+        {"id": "other", "prompt": "c", "width": 48, "seed": 3},
+    ]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, requests)))
+    assert main(["generate", "--prompts", "p.jsonl", "-o", "{seed}.png", *FAST]) == 1
+    said = capsys.readouterr().err
+    assert "bad: image: no file absent.png" in said
+    assert "1 of 3 images failed" in said
+    assert pixels("3.png").shape == (32, 48, 3)
+    results = [json.loads(line) for line in Path("results.jsonl").read_text().splitlines()]
+    assert [(r["name"], "error" in r) for r in results] == [("good", False), ("bad", True), ("other", False)]
+
+
+# --- edit ---------------------------------------------------------------------------------------
+
+
+def test_edit(opened: Any) -> None:
+    photo("photo.png")
+    assert main(["edit", "photo.png", "make it winter", "-o", "a.png", "--seed", "1", "--steps", "2"]) == 0
+    record = metadata.read("a.png")
+    assert record.request.mode == "edit"
+    assert [p.name for p in record.request.pictures] == ["photo.png"]
+    assert b"compositeWithTrainedAlgorithmicMedia" in Path("a.png").read_bytes()
+
+
+def test_edit_inside_a_mask_keeps_the_rest(opened: Any) -> None:
+    photo("photo.png")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:32, 16:32] = 255
+    Image.fromarray(mask).save("mask.png")
+    command = ["edit", "photo.png", "a fern", "--mask", "mask.png", "--crop", "8", "-o", "a.png", "--steps", "2"]
+    assert main([*command, "--width", "32", "--height", "32"]) == 0
+    changed = (pixels("a.png") != pixels("photo.png")).any(axis=2)
+    assert changed[20:28, 20:28].any()
+    assert not changed[48:].any()
+    assert metadata.read("a.png").request.options["padding_mask_crop"] == 8
+
+
+# --- repeat -------------------------------------------------------------------------------------
+
+
+def test_from_repeats_an_image(opened: list, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--guidance", "4,2", "--negative-prompt", "dull", "--true-cfg-scale", "2"]
+    assert main(["generate", "a fox", "-o", "a.webp", *options, *FAST]) == 0
+    assert main(["generate", "--from", "a.webp", "-o", "b.png"]) == 0
+    assert np.array_equal(pixels("a.webp"), pixels("b.png"))
+    assert "b.png has the same pixels as a.webp" in capsys.readouterr().out
+    assert metadata.read("b.png") == metadata.read("a.webp")
+    assert opened[1] == ("tiny", {"precision": "fp32", "backend": "eager", "device": "cpu", "dtype": torch.float32})
+
+
+def test_from_finds_the_pictures_and_checks_them(opened: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("sub").mkdir()
+    photo("sub/photo.png")
+    photo("sub/other.png", seed=1)
+    edit = ["edit", "sub/photo.png", "a", "--reference", "sub/other.png", "-o", "sub/a.png", "--steps", "2"]
+    assert main(edit) == 0
+    assert main(["generate", "--from", "sub/a.png", "-o", "b.png"]) == 0
+    assert np.array_equal(pixels("sub/a.png"), pixels("b.png"))
+
+    Path("sub/other.png").rename("moved.png")
+    capsys.readouterr()
+    assert main(["generate", "--from", "sub/a.png"]) == 1
+    assert "reference picture (other.png): name it with --image" in capsys.readouterr().err
+    assert main(["generate", "--from", "sub/a.png", "--image", "sub/photo.png", "--image", "moved.png"]) == 0
+    assert np.array_equal(pixels("sub/a.png"), pixels("a-repeated.png"))
+    assert main(["generate", "--from", "sub/a.png", "--image", "moved.png"]) == 1
+    assert "moved.png is not the reference picture" in capsys.readouterr().err
+
+
+def test_from_says_what_is_not_as_recorded(opened: Any, tiny: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a", "-o", "a.png", "--seed", "1", *FAST]) == 0
+    before = tiny.parts
+    tiny.parts = (Part("transformer", "other", "bfl", "cd" * 32),)
+    try:
+        assert main(["generate", "--from", "a.png"]) == 0
+    finally:
+        tiny.parts = before
+    said = capsys.readouterr()
+    assert "not as recorded: transformer: recorded tiny (abababababab), here other (cdcdcdcdcdcd)" in said.err
+    assert "has the same pixels" in said.out
+
+
+def test_from_owns_up_to_other_pixels(opened: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a", "-o", "a.png", "--seed", "1", *FAST]) == 0
+    record = metadata.read("a.png")
+    data = pixels("a.png").copy()
+    data[0, 0, 0] ^= 1
+    metadata.save(Image.fromarray(data), "forged.png", record)
+    assert main(["generate", "--from", "forged.png"]) == 1
+    assert "forged-repeated.png does not have the pixels of forged.png: nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["a prompt"], ["--seed", "1"], ["-n", "2"], ["--width", "64"], ["--crop"]])
+def test_from_takes_no_other_request(opened: Any, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
+    assert main(["generate", *more, "--from", "a.png"]) == 1
+    assert "--from repeats" in capsys.readouterr().err
+
+
+# --- info ---------------------------------------------------------------------------------------
+
+
+def test_info_of_an_image(opened: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a fox", "-o", "a.jpg", "--seed", "7", *FAST]) == 0
+    capsys.readouterr()
+    assert main(["info", "a.jpg"]) == 0
+    assert "'a fox', seed 7" in capsys.readouterr().out
+    assert main(["info", "a.jpg", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["request"]["prompts"] == ["a fox"]
