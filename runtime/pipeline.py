@@ -22,27 +22,34 @@ ours differ where theirs would surprise:
 
 from __future__ import annotations
 
-import itertools
-import sys
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, cast, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, SupportsIndex, cast, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fluxkiln import images, mask, sampling, workload
-from fluxkiln.autoencoder import Autoencoder
+from fluxkiln import images, mask, plan, sampling
+from fluxkiln.autoencoder import Autoencoder, load_autoencoder
 from fluxkiln.cache import ImageCache
 from fluxkiln.config import LATENT_SCALE, PATCH, TOKEN_PIXELS
+from fluxkiln.foreign import Part as PartName
+from fluxkiln.hub import BUNDLED, resolve
 from fluxkiln.images import Source
+from fluxkiln.kernels.recipe import Recipe
+from fluxkiln.load import load_transformer
+from fluxkiln.locate import locate
 from fluxkiln.prepare import VARIANTS, Course, Embeddings, Scene, Text, Texts, choose_mode, defaults, look
-from fluxkiln.record import Layer, Part, Record, Request, Timings, versions
+from fluxkiln.record import Part, Record, Request, versions
+from fluxkiln.safetensors_file import CheckpointError
 from fluxkiln.sampling import Callback, Guidance, Scheduler
 from fluxkiln.transformer import Transformer
+from fluxkiln.watch import Bar, Clock
 
 if TYPE_CHECKING:
     from fluxkiln.text import TextEncoders
@@ -113,6 +120,9 @@ class Pipeline:
         self.scheduler = scheduler or (sampling.UNSHIFTED if self.variant == "schnell" else sampling.SHIFTED)
         self.side, self.parts = side, tuple(parts)
         self.load_seconds = 0.0
+        choice = transformer.loaded.choice if transformer.loaded else None
+        reasons = choice.reasons.items() if choice and choice.fallback else ()
+        self.notices = [f"backend {name} cannot run this: {reason}" for name, reason in reasons]
         if self.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         tokens, latents = transformer.config.out_channels, autoencoder.config.latent_channels
@@ -194,7 +204,7 @@ class Pipeline:
             BrokenImageError: the model computed no image.
             sampling.Cancelled: the callback asked for it.
         """
-        clock, notices = _Clock(self.device), list[str]()
+        clock, notices = Clock(self.device), list(self.notices)
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type must be one of {', '.join(get_args(OutputType))}, got {output_type!r}")
 
@@ -258,7 +268,7 @@ class Pipeline:
             return Output(*hit, cached=True)
 
         # The way of the image.
-        with torch.no_grad(), _Bar(len(course.schedule) - 1, progress) as bar:
+        with torch.no_grad(), Bar(len(course.schedule) - 1, progress) as bar:
             clock.mark("prepare")
             words, negative = self._encode_texts(texts, request.max_sequence_length, notices)
             clock.mark("text")
@@ -287,6 +297,112 @@ class Pipeline:
     def dtype(self) -> torch.dtype:
         """Of latents, noise and text."""
         return self.transformer.dtype
+
+    # --- from files ------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        precision: str = "bf16",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        recipe: Recipe | str | Path | None = None,
+        fallback: bool = False,
+    ) -> Pipeline:
+        """Open a whole model: bundled, a diffusers folder, an all-in-one file, or a repository of the hub.
+
+        Args:
+            model: `shapes`, a path, or `owner/name`, which is downloaded.
+            precision, backend, device, dtype, recipe, fallback: see `load_transformer`.
+            variant: what the model was trained for, where neither its sizes nor its name tell.
+
+        Raises:
+            CheckpointError: a part is missing or damaged, or is something else.
+            ModelUnavailableError: it is not there, and not to be had from the hub.
+            RefusedError: the backend cannot run this here.
+        """
+        options = {"precision": precision, "backend": backend, "device": device, "dtype": dtype, "variant": variant}
+        return cls.from_files(model, recipe=recipe, fallback=fallback, **options)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_files(
+        cls,
+        transformer: str | Path,
+        vae: str | Path | None = None,
+        clip: str | Path | None = None,
+        t5: str | Path | None = None,
+        tokenizers: str | Path | None = None,
+        *,
+        precision: str = "bf16",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        recipe: Recipe | str | Path | None = None,
+        fallback: bool = False,
+    ) -> Pipeline:
+        """Open a model from single files, as ComfyUI has them, or from folders.
+
+        Args:
+            transformer: and everything that is not named beside it: a pipeline's folder or an all-in-one file.
+            vae, clip, t5: autoencoder and text encoders.
+            tokenizers: folder with `tokenizer` and `tokenizer_2`.
+            precision, backend, device, dtype, recipe, fallback: see `load_transformer`.
+            variant: as in `from_pretrained`.
+
+        Raises:
+            as `from_pretrained`.
+        """
+        from fluxkiln.text import TextEncoders
+
+        started = time.perf_counter()
+        given = {"transformer": transformer, "vae": vae, "clip": clip, "t5": t5}
+        if tokenizers is not None:
+            given["tokenizers"] = tokenizers
+        needed = [
+            folder
+            for name, folders in _NEEDED.items()
+            if name == "transformer" or not given.get(name)
+            for folder in folders
+        ]
+        whole = resolve(transformer, needed)
+        paths = {name: whole if path is None else resolve(path, _NEEDED[name]) for name, path in given.items()}
+        model = load_transformer(
+            whole,
+            precision=precision,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            recipe=recipe,
+            fallback=fallback,
+        )
+        assert model.loaded is not None
+        place = {"device": model.device, "dtype": model.dtype}
+        pipe = cls(
+            model,
+            load_autoencoder(paths["vae"], **place),
+            TextEncoders.from_files(paths["clip"], paths["t5"], paths.get("tokenizers", whole), **place),
+            scheduler=_scheduler(whole),
+            variant=variant or model.loaded.checkpoint.variant,
+            side=locate(paths["vae"], "vae").config.get("sample_size", SIDE),
+            parts=[
+                _part(name, paths[name], transformer if given[name] is None else given[name])
+                for name in ("transformer", "vae", "clip", "t5")
+            ],
+        )
+        pipe.load_seconds = time.perf_counter() - started
+        return pipe
+
+    def summary(self) -> str:
+        """What runs, in one line."""
+        source = self.parts[0].source if self.parts else "a model in memory"
+        loaded = self.transformer.loaded
+        precision = f"{loaded.choice.backend}, {loaded.precision}" if loaded else f"eager, {plan.DTYPES[self.dtype]}"
+        return f"{source} ({self.variant}): {precision} on {self.device}"
 
     # --- the parts of the way, in order ---------------------------------------------------------
 
@@ -425,22 +541,51 @@ class Pipeline:
         return (256 if self.variant == "schnell" else 512) if asked is None else asked
 
     def _record(self, request: Request, notices: Sequence[str]) -> Record:
-        width, height = request.options.get("width", request.width), request.options.get("height", request.height)
-        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(self.dtype, str(self.dtype))
-        tokens = workload.Tokens.of_size(width, height)
-        calls = workload.step(self.transformer.config, tokens, dtype)
+        model, loaded = self.transformer, self.transformer.loaded
+        backend = loaded.choice.backend if loaded else "eager"
         return Record(
             request=request,
             parts=self.parts,
-            backend="eager",
-            precision=dtype,
+            backend=backend,
+            precision=loaded.precision if loaded else plan.DTYPES[self.dtype],
             dtype=str(self.dtype).removeprefix("torch."),
             device=self.device.type,
-            plan=tuple(Layer(call.name, call.op, "eager", call.format, call.weights) for call in calls),
-            determinism="rows-to-rounding",
+            plan=plan.plan_of(model),
+            determinism=plan.PROMISES[backend],
             versions=versions(self.device),
+            reasons=loaded.choice.reasons if loaded else {},
             notices=tuple(notices),
         )
+
+
+# --- opening ------------------------------------------------------------------------------------
+
+# Folders of a diffusers pipeline that each argument stands for.
+_NEEDED = {
+    "transformer": ("scheduler", "transformer"),
+    "vae": ("vae",),
+    "clip": ("text_encoder",),
+    "t5": ("text_encoder_2",),
+    "tokenizers": ("tokenizer", "tokenizer_2"),
+}
+
+
+def _part(name: PartName, path: Path, given: str | Path) -> Part:
+    located = locate(path, name)
+    fetched = given in BUNDLED or not Path(given).expanduser().exists()  # a name, not a place of this machine
+    return Part(name, str(given) if fetched else Path(given).resolve().name, located.kind.name, located.identity)
+
+
+def _scheduler(path: Path) -> Scheduler | None:
+    """As a diffusers pipeline has it, given its folder or its transformer's."""
+    for folder in (path, path.parent):
+        file = folder / "scheduler" / "scheduler_config.json"
+        if file.is_file():
+            try:
+                return Scheduler.from_diffusers(json.loads(file.read_bytes()))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{file}: {error}") from None
+    return None
 
 
 # --- one image's small parts --------------------------------------------------------------------
@@ -492,9 +637,6 @@ def _named(**tensors: object) -> tuple[str, ...]:
     return tuple(name for name, value in tensors.items() if value is not None)
 
 
-# --- watching -----------------------------------------------------------------------------------
-
-
 def _all(*callbacks: Callback | None) -> Callback:
     """Tell all of them; one that returns True is enough to stop."""
 
@@ -502,67 +644,3 @@ def _all(*callbacks: Callback | None) -> Callback:
         return any(callback(step, sigma, x) is True for callback in callbacks if callback is not None)
 
     return tell
-
-
-class _Bar:
-    """A progress bar of the steps; by default only on a terminal."""
-
-    def __init__(self, steps: int, show: bool | None) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=steps, desc="denoise", unit="step", leave=False, disable=None if show is None else not show
-        )
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def step(self, step: int, sigma: float, x: Tensor) -> None:
-        self._bar.update()
-
-
-class _Clock:
-    """Seconds between the parts of the way, without making the device wait: events on a GPU, wall clock elsewhere."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._names, self._times = device, list[str](), list[Any]()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        self.mark("start")
-
-    def mark(self, name: str) -> None:
-        """The part `name` ends here."""
-        self._names.append(name)
-        if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self._device))
-            self._times.append(event)
-        else:
-            self._times.append(time.perf_counter())
-
-    def step(self, step: int, sigma: float, x: Tensor) -> None:
-        self.mark("step")
-
-    def timings(self, load: float) -> Timings:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            seconds = [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(self._times)]
-        else:
-            seconds = [b - a for a, b in itertools.pairwise(self._times)]
-        parts = dict(zip(self._names[1:], seconds, strict=True))
-        steps = tuple(s for name, s in zip(self._names[1:], seconds, strict=True) if name == "step")
-        named = {name: parts[name] for name in ("text", "encode", "modulate", "decode")}
-        return Timings(load=load, steps=steps, total=sum(seconds), **named)
-
-    def peak_memory(self) -> int | None:
-        """Bytes: allocated on the GPU since the start, or ever resident in this process; None where nobody counts."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        if sys.platform != "linux":
-            return None
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
