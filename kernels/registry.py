@@ -228,7 +228,9 @@ _NOT_OFFERED = {
 
 
 def matrix(
-    archs: Sequence[int] = NATIVE, progress: Callable[[dict[str, Any]], None] = lambda row: None
+    archs: Sequence[int] = NATIVE,
+    ops: Sequence[str] | None = None,
+    progress: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Every shipped launch compiled for every architecture, on all cores, and every refusal: `fluxkiln kernels`.
 
@@ -241,6 +243,7 @@ def matrix(
 
     def work(part: int) -> None:
         command = [sys.executable, "-m", "fluxkiln.kernels", *names, "--part", f"{part}/{workers}"]
+        command += ["--op", *ops] if ops else []
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -254,7 +257,7 @@ def matrix(
         list(pool.map(work, range(workers)))
     order = {op: i for i, op in enumerate(OPS)}
     rows.sort(key=lambda row: (names.index(row["arch"]), order[row["op"]], row["format"], row["config"]))
-    return rows + [row for arch in archs for row in refusals(arch)]
+    return rows + [row for arch in archs for row in refusals(arch) if row["op"] in (ops or OPS)]
 
 
 def markdown(archs: Sequence[int] = NATIVE) -> str:
