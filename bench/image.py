@@ -256,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says which model makes which pictures."""
     parser.add_argument("--suite", default="shapes", help="bundled suite, JSONL file, or KontextBench folder")
     parser.add_argument("--model", default="shapes", help="anything Pipeline.from_pretrained takes")
     parser.add_argument("--backend", default="auto")
@@ -271,7 +272,18 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
-def _items(args: argparse.Namespace) -> list[Item]:
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for `Pipeline.from_pretrained` and `load_transformer`."""
+    options = {key: getattr(args, key) for key in ("device", "dtype") if getattr(args, key) is not None}
+    return {"precision": args.precision, "backend": args.backend, **options}
+
+
+def select(args: argparse.Namespace) -> list[Item]:
+    """The items of the suite that the arguments ask for.
+
+    Raises:
+        ValueError: there are none.
+    """
     items, counts = [], dict[str, int]()
     for item in suite.load(args.suite):
         counts[item.category] = counts.get(item.category, 0) + 1
@@ -287,19 +299,18 @@ def _run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fluxkiln bench image", description="Make the pictures of a suite and measure them."
     )
-    _model_arguments(parser)
+    add_model_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("bench-image"), help="folder for pictures and results")
     parser.add_argument("--reference", type=Path, help="run to compare the pictures with")
     parser.add_argument("--floor", type=Path, help="run of another implementation: its distance is the noise floor")
     parser.add_argument("--gpu-hour-price", type=float, help="for the cost of a picture")
     parser.add_argument("--sheet", type=Path, help="contact sheet to write")
     args = parser.parse_args(argv)
-    items = _items(args)
+    items = select(args)
 
     import fluxkiln
 
-    options = {key: getattr(args, key) for key in ("device", "dtype") if getattr(args, key) is not None}
-    pipe = fluxkiln.Pipeline.from_pretrained(args.model, precision=args.precision, backend=args.backend, **options)
+    pipe = fluxkiln.Pipeline.from_pretrained(args.model, **model_options(args))
     made = make(pipe, items, args.out, Settings(args.steps, args.guidance, args.seed))
     rows = measure(items, args.out)
     results: dict[str, Any] = {

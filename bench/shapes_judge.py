@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -38,6 +38,7 @@ Mask = NDArray[np.bool_]
 BORDER = 0.035  # width of the frame in which the background is recognised, over the shorter side
 BACKGROUND_ERROR = 22.0  # mean RGB distance of the frame from its background, at most
 NOT_BACKGROUND = 40.0  # RGB distance from which a pixel is something else; any two legible colours are 75 apart
+PURE = 45.0  # RGB distance from a palette colour up to which a pixel is no mixture of two
 SPECK = 0.004  # of the area: less than that is dirt, and more dirt than that in all is a fault
 SHAPE_OVERLAP = 0.80  # intersection over union with the ideal outline, at least
 RADIUS_RATIO = 1.16  # halfway (in logarithms) to the next size
@@ -104,21 +105,25 @@ def _expected(background: Background, height: int, width: int) -> tuple[NDArray[
     return np.broadcast_to(columns, (height, width, 3)), edge
 
 
-def find_background(pixels: Pixels) -> Background | None:
-    """The background that explains the picture's frame, None when none does."""
-    height, width, _ = pixels.shape
+@cache
+def _frames(height: int, width: int) -> tuple[Mask, NDArray[np.float32], NDArray[np.float32]]:
+    """The frame `[H, W]`, and for each hypothesis the colours of its n pixels `[120, n, 3]` and weights `[120, n]`."""
     margin = max(2, round(BORDER * min(height, width)))
     frame = np.ones((height, width), bool)
     frame[margin:-margin, margin:-margin] = False
-    best, best_error = None, math.inf
-    for background in _hypotheses():
-        colors, edge = _expected(background, height, width)
-        use = frame & ~edge
-        distance = np.linalg.norm(pixels[use] - colors[use], axis=1)
-        error = float(np.minimum(distance, 120.0).mean())  # a thing that reaches into the frame counts, but not fully
-        if error < best_error:
-            best, best_error = background, error
-    return best if best_error <= BACKGROUND_ERROR else None
+    expected = [_expected(background, height, width) for background in _hypotheses()]
+    weights = [np.broadcast_to(~edge, (height, width))[frame] for _, edge in expected]
+    return frame, np.stack([colors[frame] for colors, _ in expected]), np.stack(weights).astype(np.float32)
+
+
+def find_background(pixels: Pixels) -> Background | None:
+    """The background that explains the picture's frame, None when none does."""
+    frame, colors, weights = _frames(*pixels.shape[:2])
+    distances = np.linalg.norm(pixels[frame].astype(np.float32) - colors, axis=-1)
+    distances = np.minimum(distances, 120.0)  # a thing that reaches into the frame counts, but not fully
+    errors = (distances * weights).sum(1) / weights.sum(1)
+    best = int(errors.argmin())
+    return _hypotheses()[best] if errors[best] <= BACKGROUND_ERROR else None
 
 
 # -- things ---------------------------------------------------------------------------------------------------------
@@ -202,13 +207,17 @@ def _unit(shape: str) -> tuple[float, float, float]:
 
 def fit_shape(cover: NDArray[np.float32]) -> tuple[str, float, float, float, float]:
     """Best shape of a region given as coverage `[H, W]` in 0..1: name, x, y, radius (pixels), overlap 0..1."""
-    height, width = cover.shape
     area = float(cover.sum())
     if area < 1:
         return SHAPES[0], 0.0, 0.0, 1.0, 0.0
+    rows, columns = np.flatnonzero(cover.any(1)), np.flatnonzero(cover.any(0))
+    margin = max(2, (len(rows) + len(columns)) // 4)  # an ideal outline that reaches further has lost anyway
+    top, left = max(int(rows[0]) - margin, 0), max(int(columns[0]) - margin, 0)
+    cover = cover[top : int(rows[-1]) + margin, left : int(columns[-1]) + margin]
+    height, width = cover.shape
     x = float((cover.sum(0) * (np.arange(width) + 0.5)).sum() / area)
     y = float((cover.sum(1) * (np.arange(height) + 0.5)).sum() / area)
-    best = (SHAPES[0], x, y, 0.0, -1.0)
+    best = (SHAPES[0], x, y, 1.0, -1.0)
     for shape in SHAPES:
         unit_area, cx, cy = _unit(shape)
         radius = math.sqrt(area / unit_area)
@@ -216,34 +225,38 @@ def fit_shape(cover: NDArray[np.float32]) -> tuple[str, float, float, float, flo
         ideal = _coverage(outline(shape, *at, radius), height, width)
         overlap = float(np.minimum(ideal, cover).sum() / np.maximum(ideal, cover).sum())
         if overlap > best[-1]:
-            best = (shape, *at, radius, overlap)
+            best = (shape, at[0] + left, at[1] + top, radius, overlap)
     return best
 
 
-def _colors_in(pixels: Pixels, region: Mask) -> tuple[NDArray[np.int64], list[int]]:
-    """Nearest palette entry of every pixel, and the entries that are more than the blur between two others."""
-    labels = np.linalg.norm(pixels[:, :, None].astype(np.float32) - _PALETTE, axis=-1).argmin(-1)
+def _colors_in(pixels: Pixels, region: Mask) -> tuple[NDArray[np.int64], Mask, list[int]]:
+    """Nearest palette entry of every pixel, where it is near, and which are more than the blur between two others."""
+    distances = np.linalg.norm(pixels[:, :, None].astype(np.float32) - _PALETTE, axis=-1)
+    labels, pure = distances.argmin(-1), distances.min(-1) < PURE
     area = region.sum()
     solid = []
     for value in np.unique(labels[region]):
         part = region & (labels == value)
         if part.sum() >= 0.03 * area and (erode(part).any() or area < 60):
             solid.append(int(value))
-    return labels, solid
+    return labels, pure, solid
 
 
-def _stripes(labels: NDArray[np.int64], region: Mask) -> tuple[int, int] | None:
-    """(own colour, colour between) if the region is made of horizontal stripes with white or black between."""
-    counts = np.bincount(labels[region], minlength=len(_NAMES))
+def _stripes(labels: NDArray[np.int64], region: Mask, pure: Mask) -> tuple[int, int] | None:
+    """(own colour, colour between) if the region is made of horizontal stripes with white or black between.
+
+    Of white and black either may be the own one.
+    """
+    counts = np.bincount(labels[region & pure], minlength=len(_NAMES))
     pair = [int(value) for value in np.argsort(-counts)[:2]]
     pale = [value for value in pair if _NAMES[value] in ("white", "black")]
-    if not pale or counts[pair[1]] < 0.15 * region.sum():
+    if not pale or counts[pair[1]] < 0.1 * region.sum():
         return None
     shortest = max(2, round(min(region.shape) * THING_STRIPE / 2))  # a blurred rim is thinner
     runs: list[tuple[int, int]] = []  # (colour, rows) from top to bottom
     for y in np.flatnonzero(region.any(1)):
         row = np.bincount(labels[y][region[y]], minlength=len(_NAMES))[pair]
-        if row.max() >= 0.7 * row.sum():
+        if row.max() >= 0.7 * row.sum() and row.sum() >= 0.5 * region[y].sum():
             winner = int(row.argmax())
             runs[-1:] = [(winner, runs[-1][1] + 1)] if runs and runs[-1][0] == winner else [*runs[-1:], (winner, 1)]
     bands = [winner for winner, length in runs if length >= shortest]
@@ -251,9 +264,7 @@ def _stripes(labels: NDArray[np.int64], region: Mask) -> tuple[int, int] | None:
         return None
     if len(pale) == 1:
         return next(value for value in pair if value not in pale), pale[0]
-    middle = round(float(np.flatnonzero(region.any(1)).mean()))  # the middle stripe has the thing's own colour
-    own = pair[int(np.bincount(labels[middle][region[middle]], minlength=len(_NAMES))[pair].argmax())]
-    return own, pair[1 - pair.index(own)]
+    return pair[0], pair[1]
 
 
 def _measure(
@@ -302,9 +313,14 @@ def find_things(pixels: Pixels, background: Background) -> tuple[list[Found], fl
         if region.sum() < smallest:
             dirt += float(region.sum())
             continue
-        labels, solid = _colors_in(pixels, region)
-        if stripes := _stripes(labels, region):
-            found.append(_measure(pixels, region, stripes, colors, "striped"))
+        labels, pure, solid = _colors_in(pixels, region)
+        if stripes := _stripes(labels, region, pure):
+            thing = _measure(pixels, region, stripes, colors, "striped")
+            if {_NAMES[value] for value in stripes} == {"white", "black"}:  # the own colour crosses the centre
+                row = min(int(thing.y * height), height - 1)
+                share = (labels[row] == stripes[0])[region[row]].mean()
+                thing = replace(thing, color=_NAMES[stripes[0] if share >= 0.5 else stripes[1]])
+            found.append(thing)
         elif not solid:
             dirt += float(region.sum())
         elif len(solid) == 1:
@@ -340,6 +356,7 @@ def read_word(pixels: Pixels, background: Background) -> tuple[str, str | None]:
     color = int(np.bincount(votes, minlength=len(_NAMES)).argmax())
     way = _PALETTE[color] - ground
     ink = np.clip(((pixels - ground) * way).sum(-1) / max(float((way * way).sum()), 1.0), 0, 1)
+    total = np.pad(ink.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     letters, glyphs = _glyphs()
     cell, dot = side * LETTER_CELL, side * LETTER_DOT
     best, best_cost = "?", math.inf
@@ -348,7 +365,7 @@ def read_word(pixels: Pixels, background: Background) -> tuple[str, str | None]:
         for i in range(n):
             left = width / 2 - n * cell / 2 + (cell - 5 * dot) / 2 + i * cell + dx
             top = height / 2 - 3.5 * dot + dy
-            dots = np.array([[_mean(ink, left + c * dot, top + r * dot, dot) for c in range(5)] for r in range(7)])
+            dots = _dots(total, left, top, dot)
             errors = np.abs(glyphs - dots).mean((1, 2))
             k = int(errors.argmin())
             word += letters[k] if errors[k] < 0.17 else "?"
@@ -360,10 +377,12 @@ def read_word(pixels: Pixels, background: Background) -> tuple[str, str | None]:
     return best, _NAMES[color]
 
 
-def _mean(image: NDArray[np.floating], left: float, top: float, size: float) -> float:
-    x0, y0, x1, y1 = (round(v) for v in (left, top, left + size, top + size))
-    part = image[max(y0, 0) : max(y1, y0 + 1), max(x0, 0) : max(x1, x0 + 1)]
-    return float(part.mean()) if part.size else 0.0
+def _dots(total: NDArray[np.floating], left: float, top: float, dot: float) -> NDArray[np.floating]:
+    """Mean ink `[7, 5]` of each dot of a letter's cell, from the ink summed over everything left and above."""
+    xs, ys = (np.rint(start + dot * np.arange(n + 1)).astype(int) for start, n in ((left, 5), (top, 7)))
+    xs, ys = np.clip(xs, 0, total.shape[1] - 1), np.clip(ys, 0, total.shape[0] - 1)
+    sums = np.diff(np.diff(total[np.ix_(ys, xs)], axis=0), axis=1)
+    return sums / np.maximum(np.diff(ys)[:, None] * np.diff(xs), 1)
 
 
 def edit_distance(a: str, b: str) -> int:

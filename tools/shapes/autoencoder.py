@@ -21,8 +21,8 @@ from .muon import Muon
 from .workers import average_gradients, save
 
 # (width, height, pictures a step); the first is drawn more often than all others together
-_SIZES = ((64, 64, 8), (96, 96, 4), (64, 128, 4), (128, 64, 4), (128, 128, 2), (96, 64, 4))
-_CROP, _CROPS = 32, 16  # side in pixels, and how many a step
+_SIZES = ((64, 64, 4), (96, 96, 2), (64, 128, 2), (128, 64, 2), (128, 128, 1), (96, 64, 3))
+_CROP, _CROPS = 32, 8  # side in pixels, and how many a step
 
 
 def _pictures(rng: Random) -> Tensor:
@@ -86,7 +86,7 @@ def train(
         optimizer.step()
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
-                average[name].lerp_(tensor, 0.005 if step > 300 else 0.05)
+                average[name].lerp_(tensor, max(0.01, 1 / (step + 1)))
         if rank:
             continue
         done = step + 1

@@ -1,0 +1,74 @@
+"""Picture metrics against scipy and known values."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from fluxkiln.bench import metrics
+
+
+@pytest.fixture
+def pair() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (96, 80, 3), dtype=np.uint8)
+    b = np.clip(a + rng.normal(0, 25, a.shape), 0, 255).astype(np.uint8)
+    return a, b
+
+
+def test_psnr_of_known_errors() -> None:
+    a = np.zeros((8, 8, 3), np.uint8)
+    assert metrics.psnr(a, a) == math.inf
+    assert metrics.psnr(a, a + 255) == pytest.approx(0)
+    assert metrics.psnr(a, a + 1) == pytest.approx(20 * math.log10(255))
+
+
+def test_ssim_against_scipy(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    ndimage = pytest.importorskip("scipy.ndimage")
+    x, y = (p.astype(np.float64) @ [0.299, 0.587, 0.114] / 255 for p in pair)
+
+    def blur(image: np.ndarray) -> np.ndarray:
+        return ndimage.gaussian_filter(image, 1.5, truncate=3.4)[5:-5, 5:-5]  # 11 taps, as far as they fit
+
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
+    c1, c2 = 0.01**2, 0.03**2
+    expected = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    assert metrics.ssim(*pair) == pytest.approx(expected.mean(), abs=1e-9)
+
+
+def test_similarities_of_equal_pictures(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    a, b = pair
+    assert metrics.ssim(a, a) == pytest.approx(1)
+    assert metrics.ms_ssim(a, a) == pytest.approx(1)
+    assert 0 < metrics.ms_ssim(a, b) < 1
+
+
+def test_flip_knows_its_ends(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    a, b = pair
+    assert metrics.flip(a, a) == 0
+    assert metrics.flip(a, b) == pytest.approx(metrics.flip(b, a))
+    assert 0 < metrics.flip(a, b) < 1
+    green, blue = (np.broadcast_to(np.array(c, np.uint8), (32, 32, 3)) for c in ((0, 255, 0), (0, 0, 255)))
+    assert metrics.flip(green, blue) == pytest.approx(1, abs=1e-6)  # by definition the largest difference
+
+
+def test_flip_sees_less_from_afar(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    assert metrics.flip(*pair, per_degree=120) < metrics.flip(*pair, per_degree=30)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)]
+)
+def test_wilson_interval(k: int, n: int, low: float, high: float) -> None:
+    assert metrics.wilson(k, n) == pytest.approx((low, high), abs=1e-3)
+    assert metrics.wilson(0, 0) == (0, 1)
+
+
+def test_sizes_must_agree() -> None:
+    with pytest.raises(ValueError, match="of one size"):
+        metrics.psnr(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9, 3), np.uint8))
+    with pytest.raises(ValueError, match="at least 11"):
+        metrics.ssim(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8))
