@@ -161,19 +161,24 @@ def refuse(x: Activation, projection: PackedProjection, rope: Tensor, split: int
 
 
 def reference(x: Activation, projection: Projection, rope: Tensor, split: int) -> tuple[Any, Any, Any]:
-    head_dim, dtype = projection.norms[0].query.shape[0], projection.streams[0].dtype
-
-    rows = (x,) if len(projection.streams) == 1 else (x[:, :split], x[:, split:])
-    streams = []
-    for x_s, linear, norm in zip(rows, projection.streams, projection.norms, strict=True):
-        q, k, v = linear(x_s).unflatten(-1, (3, -1, head_dim)).unbind(2)
-        streams.append((rms_norm(q, norm.query), rms_norm(k, norm.key), v))
-    q, k, v = streams[0] if len(streams) == 1 else (torch.cat(pair, dim=1) for pair in zip(*streams, strict=True))
+    dtype = projection.streams[0].dtype
+    q, k, v = _normed(x, projection, split)
     q, k = rotate(q, rope), rotate(k, rope)
     if projection.attention == "bf16":
         return q.to(dtype), k.to(dtype), v.to(dtype)
     q, k = (formats.quantize_fp8(y, projection.scale(part)) for y, part in ((q, "query"), (k, "key")))
     return q, k, attention.quantize_values(v, split, dtype)
+
+
+def _normed(x: Activation, projection: Projection, split: int) -> tuple[Tensor, ...]:
+    """q, k and v before rotation, joint over the streams; on its own, so that what it joins is freed before that."""
+    head_dim = projection.norms[0].query.shape[0]
+    rows = (x,) if len(projection.streams) == 1 else (x[:, :split], x[:, split:])
+    streams = []
+    for x_s, linear, norm in zip(rows, projection.streams, projection.norms, strict=True):
+        q, k, v = linear(x_s).unflatten(-1, (3, -1, head_dim)).unbind(2)
+        streams.append((rms_norm(q, norm.query), rms_norm(k, norm.key), v))
+    return streams[0] if len(streams) == 1 else tuple(torch.cat(pair, dim=1) for pair in zip(*streams, strict=True))
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
