@@ -151,7 +151,7 @@ class Tile:
     warps: int
     stages: int
     copies: Literal["cp.async", "tma"]
-    specialize: bool = False  # loads, matrix products and softmax in warps of their own
+    specialize: bool = False  # loads, matrix products and softmax in warps of their own, where no block is masked
 
     def __str__(self) -> str:
         return f"{self.m}x{self.n} w{self.warps} s{self.stages} {self.copies}" + " specialised" * self.specialize
@@ -162,19 +162,19 @@ TILES = {
     (89, "bf16", 128): Tile(128, 64, 8, 3, "cp.async"),
     (89, "bf16", 64): Tile(128, 64, 8, 3, "cp.async"),
     (89, "fp8", 128): Tile(128, 64, 8, 3, "cp.async"),
-    (89, "fp8", 64): Tile(128, 64, 8, 3, "cp.async"),
+    (89, "fp8", 64): Tile(128, 64, 8, 4, "cp.async"),
     (90, "bf16", 128): Tile(128, 128, 8, 2, "tma"),
     (90, "bf16", 64): Tile(128, 128, 8, 3, "tma"),
     (90, "fp8", 128): Tile(128, 128, 8, 3, "tma"),
     (90, "fp8", 64): Tile(128, 128, 8, 3, "tma"),
-    (100, "bf16", 128): Tile(128, 128, 8, 2, "tma"),
+    (100, "bf16", 128): Tile(128, 128, 8, 2, "tma", specialize=True),
     (100, "bf16", 64): Tile(128, 128, 8, 3, "tma"),
     (100, "fp8", 128): Tile(128, 128, 8, 3, "tma"),
     (100, "fp8", 64): Tile(128, 128, 8, 3, "tma"),
     (120, "bf16", 128): Tile(128, 64, 8, 3, "tma"),
     (120, "bf16", 64): Tile(128, 64, 8, 3, "tma"),
     (120, "fp8", 128): Tile(128, 64, 8, 3, "tma"),
-    (120, "fp8", 64): Tile(128, 64, 8, 3, "tma"),
+    (120, "fp8", 64): Tile(128, 64, 8, 4, "tma"),
 }
 
 
@@ -373,26 +373,6 @@ def _attend(
 
 
 @jit
-def _attend_stream(
-    acc, l, m, unit, q, k, strides_k, v, strides_v, v_scale_ptr, b, h, lo, hi, at, scale,
-    EVEN: tl.constexpr, FP8: tl.constexpr, UNIT_SCALES: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Tokens [lo, hi): the full blocks without a mask, which costs a select for each score, then what is left."""
-    full = hi if EVEN else lo + (hi - lo) // BLOCK_N * BLOCK_N
-    acc, l, m, unit = _attend(
-        acc, l, m, unit, q, k, strides_k, v, strides_v, v_scale_ptr, b, h, lo, full, at, scale,
-        False, FP8, UNIT_SCALES, TMA, SPECIALIZE, BLOCK_M, BLOCK_N, D,
-    )  # fmt: skip
-    if not EVEN:
-        acc, l, m, unit = _attend(
-            acc, l, m, unit, q, k, strides_k, v, strides_v, v_scale_ptr, b, h, full, hi, at + full - lo, scale,
-            True, FP8, UNIT_SCALES, TMA, False, BLOCK_M, BLOCK_N, D,
-        )  # fmt: skip
-    return acc, l, m, unit
-
-
-@jit
 def _largest(ptr, count):
     """Largest of `count` positive numbers."""
     offs = tl.arange(0, 1024)
@@ -432,11 +412,10 @@ def _attention_kernel(
         q_scale = tl.load(q_scale_ptr + b * stride_sb + h * stride_sh)
         scale *= q_scale * tl.load(k_scale_ptr + b * stride_tb + h * stride_th)
     strides_q = (stride_qb, stride_ql, stride_qh)
-    if STREAMS == 0:
-        q_m = _tokens(q, strides_q, b, h, first, L, True, TMA, BLOCK_M, D)
-    else:
-        x = _tokens(q, strides_q, b, h, first, L, True, False, BLOCK_M, D)
-        x = _norm_and_rotate(x, norm_ptr, rope_ptr + b * stride_rb, rows, L, q_split, STREAMS, EPS, BLOCK_M, D)
+    # Triton 3.6 cannot specialise warps around a q that came by descriptor.
+    q_m = _tokens(q, strides_q, b, h, first, L, True, TMA and STREAMS == 0 and not SPECIALIZE, BLOCK_M, D)
+    if STREAMS > 0:
+        x = _norm_and_rotate(q_m, norm_ptr, rope_ptr + b * stride_rb, rows, L, q_split, STREAMS, EPS, BLOCK_M, D)
         q_m = (x / q_scale).to(tl.float8e4nv) if FP8 else x.to(q.dtype.element_ty)
 
     head_scale_ptr = v_scale_ptr + (b * H + h) * blocks if FP8 else v_scale_ptr
@@ -444,16 +423,28 @@ def _attention_kernel(
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
-    acc, l, m, unit = _attend_stream(
-        acc, l, m, 1.0, q_m, k, strides_k, v, strides_v, head_scale_ptr, b, h, 0, split if RAGGED else L, 0, scale,
-        EVEN, FP8, UNIT_SCALES, TMA, SPECIALIZE, BLOCK_M, BLOCK_N, D,
-    )  # fmt: skip
+    unit = tl.full((), 1.0, tl.float32)
     if RAGGED:
-        at = tl.cdiv(split, 128) * 128
-        acc, l, m, unit = _attend_stream(
-            acc, l, m, unit, q_m, k, strides_k, v, strides_v, head_scale_ptr, b, h, split, L, at, scale,
-            EVEN, FP8, UNIT_SCALES, TMA, SPECIALIZE, BLOCK_M, BLOCK_N, D,
+        acc, l, m, unit = _attend(
+            acc, l, m, unit, q_m, k, strides_k, v, strides_v, head_scale_ptr, b, h, 0, split, 0, scale,
+            True, FP8, UNIT_SCALES, TMA, False, BLOCK_M, BLOCK_N, D,
         )  # fmt: skip
+        acc, l, m, unit = _attend(
+            acc, l, m, unit, q_m, k, strides_k, v, strides_v, head_scale_ptr, b, h, split, L, tl.cdiv(split, 128) * 128,
+            scale, True, FP8, UNIT_SCALES, TMA, False, BLOCK_M, BLOCK_N, D,
+        )  # fmt: skip
+    else:
+        # Full blocks without a mask, which would cost a select for each score, then what is left.
+        full = L if EVEN else L // BLOCK_N * BLOCK_N
+        acc, l, m, unit = _attend(
+            acc, l, m, unit, q_m, k, strides_k, v, strides_v, head_scale_ptr, b, h, 0, full, 0, scale,
+            False, FP8, UNIT_SCALES, TMA, SPECIALIZE, BLOCK_M, BLOCK_N, D,
+        )  # fmt: skip
+        if not EVEN:
+            acc, l, m, unit = _attend(
+                acc, l, m, unit, q_m, k, strides_k, v, strides_v, head_scale_ptr, b, h, full, L, full, scale,
+                True, FP8, UNIT_SCALES, TMA, False, BLOCK_M, BLOCK_N, D,
+            )  # fmt: skip
     o = acc * (unit / l)[:, None]  # [BLOCK_M, D]
 
     out_rows = b.to(tl.int64) * L + rows
@@ -501,10 +492,13 @@ def launch(
 
     # One pass over all tokens, unless v's first stream ends within a block.
     split = values.split if fp8 and values.split % V_BLOCK and values.split < L else 0
+    even = split == 0 and L % tile.n == 0
     operands = list(tensors)
     if tile.copies == "tma":
         boxes = [[1, tile.m, 1, D], [1, tile.n, 1, D], [1, 1, D, tile.n] if fp8 else [1, tile.n, 1, D]]
         operands = [TensorDescriptor.from_tensor(x, box) for x, box in zip(tensors, boxes, strict=True)]
+    if tile.specialize and even:
+        operands[0] = tensors[0]
     norm = rope = q_scale = k_scale = None
     q_split, streams, stride_r = 0, 0, 0
     if fp8:
@@ -527,8 +521,8 @@ def launch(
     )  # fmt: skip
     constants = {
         "H": H, "D": D, "EPS": EPS, "SOFTMAX_SCALE": math.log2(math.e) / math.sqrt(D),
-        "STREAMS": streams, "RAGGED": split > 0, "EVEN": split % tile.n == 0 and (L - split) % tile.n == 0,
-        "FP8": fp8, "UNIT_SCALES": fp8 and arch == 120, "TMA": tile.copies == "tma", "SPECIALIZE": tile.specialize,
+        "STREAMS": streams, "RAGGED": split > 0, "EVEN": even, "FP8": fp8, "UNIT_SCALES": fp8 and arch == 120,
+        "TMA": tile.copies == "tma", "SPECIALIZE": tile.specialize and even,
         "FORMAT": out.format if out else "dense", "LARGEST": largest(out), "PTX": has_e2m1(tensors[0].device, arch),
         "BLOCK_M": tile.m, "BLOCK_N": tile.n,
     }  # fmt: skip
