@@ -22,12 +22,13 @@ ours differ where theirs would surprise:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, SupportsIndex, cast, get_args
+from typing import Literal, SupportsIndex, cast, get_args
 
 import numpy as np
 import torch
@@ -48,11 +49,9 @@ from fluxkiln.prepare import VARIANTS, Course, Embeddings, Scene, Text, Texts, c
 from fluxkiln.record import Part, Record, Request, versions
 from fluxkiln.safetensors_file import CheckpointError
 from fluxkiln.sampling import Callback, Guidance, Scheduler
+from fluxkiln.text import TextEncoders
 from fluxkiln.transformer import Transformer
 from fluxkiln.watch import Bar, Clock
-
-if TYPE_CHECKING:
-    from fluxkiln.text import TextEncoders
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 SIDE = 1024  # of FLUX.1's usual square, in pixels
@@ -236,6 +235,8 @@ class Pipeline:
         has_negative = negative_prompt is not None or negative_prompt_embeds is not None
         if has_negative != (true_cfg_scale > 1):
             notices.append("true_cfg_scale above 1 and a negative_prompt act only together: ignored")
+        length = self._text_length(max_sequence_length)
+        notices += self._cut(texts, length)
         request = Request(
             mode=mode,
             prompts=texts.prompts,
@@ -250,7 +251,7 @@ class Pipeline:
             negative_prompts=texts.negatives,
             negative_prompts_2=texts.negatives_2,
             true_cfg_scale=float(true_cfg_scale),
-            max_sequence_length=self._text_length(max_sequence_length),
+            max_sequence_length=length,
             strength=course.strength,
             pictures=tuple(scene.pictures),
             options=_mask_options(scene, padding_mask_crop),
@@ -270,7 +271,7 @@ class Pipeline:
         # The way of the image.
         with torch.no_grad(), Bar(len(course.schedule) - 1, progress) as bar:
             clock.mark("prepare")
-            words, negative = self._encode_texts(texts, request.max_sequence_length, notices)
+            words, negative = self._encode_texts(texts, length)
             clock.mark("text")
             start = self._encode_pictures(scene, texts.seeds, course.schedule, latents)
             clock.mark("encode")
@@ -284,7 +285,7 @@ class Pipeline:
             clock.mark("decode")
 
         timings, memory = clock.timings(self.load_seconds), clock.peak_memory()
-        record = replace(record, notices=tuple(notices), timings=timings, peak_memory=memory)
+        record = replace(record, timings=timings, peak_memory=memory)
         if cache is not None:
             cache.put(record.key, cast(list[Image.Image], result), record)
         return Output(result, record)
@@ -357,20 +358,15 @@ class Pipeline:
         Raises:
             as `from_pretrained`.
         """
-        from fluxkiln.text import TextEncoders
-
         started = time.perf_counter()
-        given = {"transformer": transformer, "vae": vae, "clip": clip, "t5": t5}
-        if tokenizers is not None:
-            given["tokenizers"] = tokenizers
-        needed = [
-            folder
-            for name, folders in _NEEDED.items()
-            if name == "transformer" or not given.get(name)
-            for folder in folders
-        ]
-        whole = resolve(transformer, needed)
-        paths = {name: whole if path is None else resolve(path, _NEEDED[name]) for name, path in given.items()}
+        given = {"transformer": transformer, "vae": vae, "clip": clip, "t5": t5, "tokenizers": tokenizers}
+        sources = {name: transformer if path is None else path for name, path in given.items()}
+        inside = [name for name, path in given.items() if path is None]
+        whole = resolve(transformer, [folder for name in ("transformer", *inside) for folder in _FOLDERS[name]])
+        paths = {name: whole if path is None else resolve(path, _FOLDERS[name]) for name, path in given.items()}
+        words = paths["tokenizers"] if (paths["tokenizers"] / "tokenizer").is_dir() else None
+        if tokenizers is not None and words is None:
+            raise ValueError(f"tokenizers: {tokenizers} must be a folder with tokenizer and tokenizer_2 in it")
         model = load_transformer(
             whole,
             precision=precision,
@@ -381,18 +377,17 @@ class Pipeline:
             fallback=fallback,
         )
         assert model.loaded is not None
-        place = {"device": model.device, "dtype": model.dtype}
+        parts = [_part(name, paths[name], sources[name]) for name in ("transformer", "vae", "clip", "t5")]
+        if words is not None:
+            parts.append(Part("tokenizers", _source(sources["tokenizers"]), "tokenizers", _digest(words)))
         pipe = cls(
             model,
-            load_autoencoder(paths["vae"], **place),
-            TextEncoders.from_files(paths["clip"], paths["t5"], paths.get("tokenizers", whole), **place),
+            load_autoencoder(paths["vae"], model.device, model.dtype),
+            TextEncoders.from_files(paths["clip"], paths["t5"], words, model.device, model.dtype),
             scheduler=_scheduler(whole),
             variant=variant or model.loaded.checkpoint.variant,
             side=locate(paths["vae"], "vae").config.get("sample_size", SIDE),
-            parts=[
-                _part(name, paths[name], transformer if given[name] is None else given[name])
-                for name in ("transformer", "vae", "clip", "t5")
-            ],
+            parts=parts,
         )
         pipe.load_seconds = time.perf_counter() - started
         return pipe
@@ -406,7 +401,7 @@ class Pipeline:
 
     # --- the parts of the way, in order ---------------------------------------------------------
 
-    def _encode_texts(self, texts: Texts, length: int, notices: list[str]) -> tuple[Embeddings, Embeddings | None]:
+    def _encode_texts(self, texts: Texts, length: int) -> tuple[Embeddings, Embeddings | None]:
         """Text as the transformer reads it, one row for each image; and the negative text, if there is one."""
         count = len(texts.prompts)
 
@@ -414,7 +409,7 @@ class Pipeline:
             name: str, given: Embeddings | None, first: tuple[str, ...], second: tuple[str, ...] | None
         ) -> Embeddings:
             if given is None:
-                given = self._read(first, second or first, length, notices)
+                given = self._read(first, second or first, length)
             words = given.rows(count)
             config = self.transformer.config
             for part, width in ((words.sequence, config.context_in_dim), (words.pooled, config.vec_in_dim)):
@@ -531,14 +526,29 @@ class Pipeline:
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         return sampling.pack(latents.to(self.device, self.dtype))
 
-    def _read(self, first: Sequence[str], second: Sequence[str], length: int, notices: list[str]) -> Embeddings:
+    def _read(self, first: Sequence[str], second: Sequence[str], length: int) -> Embeddings:
         if self.text is None:
             raise ValueError("this pipeline has no text encoders: give prompt_embeds and pooled_prompt_embeds")
         rows = [self.text.encode(a, b, length) for a, b in zip(first, second, strict=True)]
         return Embeddings(torch.cat([sequence for sequence, _ in rows]), torch.cat([pooled for _, pooled in rows]))
 
+    def _cut(self, texts: Texts, length: int) -> list[str]:
+        """What the text encoders will not see of the texts, in a sentence each."""
+        if self.text is None:
+            return []
+        pairs: list[tuple[str, str]] = []
+        if texts.given is None:
+            pairs += zip(texts.prompts, texts.prompts_2 or texts.prompts, strict=True)
+        if texts.negatives is not None and texts.given_negative is None:
+            pairs += zip(texts.negatives, texts.negatives_2 or texts.negatives, strict=True)
+        return [said for pair in dict.fromkeys(pairs) for said in self.text.cut(*pair, length)]
+
     def _text_length(self, asked: int | None) -> int:
-        return (256 if self.variant == "schnell" else 512) if asked is None else asked
+        """Tokens of T5: schnell was trained with half as many as the others."""
+        usual = 256 if self.variant == "schnell" else 512
+        if self.text is None:
+            return usual if asked is None else asked
+        return min(usual, self.text.length) if asked is None else asked
 
     def _record(self, request: Request, notices: Sequence[str]) -> Record:
         model, loaded = self.transformer, self.transformer.loaded
@@ -561,7 +571,7 @@ class Pipeline:
 # --- opening ------------------------------------------------------------------------------------
 
 # Folders of a diffusers pipeline that each argument stands for.
-_NEEDED = {
+_FOLDERS = {
     "transformer": ("scheduler", "transformer"),
     "vae": ("vae",),
     "clip": ("text_encoder",),
@@ -572,8 +582,23 @@ _NEEDED = {
 
 def _part(name: PartName, path: Path, given: str | Path) -> Part:
     located = locate(path, name)
-    fetched = given in BUNDLED or not Path(given).expanduser().exists()  # a name, not a place of this machine
-    return Part(name, str(given) if fetched else Path(given).resolve().name, located.kind.name, located.identity)
+    return Part(name, _source(given), located.kind.name, located.identity)
+
+
+def _source(given: str | Path) -> str:
+    """A name as it was given, a path without the folders of this machine."""
+    path = Path(given).expanduser()
+    return path.resolve().name if given not in BUNDLED and path.exists() else str(given)
+
+
+def _digest(folder: Path) -> str:
+    """sha256 (hex) of the files of both tokenizers."""
+    digest = hashlib.sha256()
+    for file in sorted(file for name in _FOLDERS["tokenizers"] for file in (folder / name).glob("*") if file.is_file()):
+        digest.update(
+            f"{file.relative_to(folder).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()} ".encode()
+        )
+    return digest.hexdigest()
 
 
 def _scheduler(path: Path) -> Scheduler | None:

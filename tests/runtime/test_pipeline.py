@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from diffusers import (
 )
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from fluxkiln import sampling
 from fluxkiln.autoencoder import Autoencoder, AutoencoderConfig, diffusers_tensors
@@ -595,6 +598,11 @@ def test_a_repeated_call_comes_from_the_cache(tmp_path: Path) -> None:
 class FakeText:
     """Stands for the text encoders: an embedding that depends on the text alone."""
 
+    length = 512
+
+    def cut(self, prompt: str, prompt_2: str, max_sequence_length: int) -> list[str]:
+        return []
+
     def encode(self, prompt: str, prompt_2: str | None = None, max_sequence_length: int = 512) -> tuple[Tensor, Tensor]:
         def draw(text: str, *shape: int) -> Tensor:
             return torch.randn(1, *shape, generator=torch.Generator().manual_seed(sum(text.encode())))
@@ -736,3 +744,151 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         Pipeline(pipe.transformer, Autoencoder(AutoencoderConfig((8, 8, 8, 8), 1, 16, 2)))
     with pytest.raises(ValueError, match="variant must be one of dev, schnell"):
         Pipeline(pipe.transformer, pipe.autoencoder, variant="turbo")
+
+
+# --- from files ---------------------------------------------------------------------------------
+
+PROMPTS = ["a small red fox", "", "a blue square " * 3334]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole Kontext model as diffusers saves one, text encoders and tokenizers included."""
+    both = parts("kontext")
+    torch.manual_seed(1)
+    pieces = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *(f"{c}{end}" for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")),
+    ]
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(pieces),
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+    letters = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        *((c, -3.0) for c in "abcdefghijklmnopqrstuvwxyz"),
+    ]
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(letters),
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+        )
+    )
+    path = tmp_path_factory.mktemp("model") / "tiny-kontext"
+    FluxKontextPipeline(
+        scheduler=both.scheduler,
+        vae=both.vae,
+        text_encoder=clip.eval(),
+        tokenizer=CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=77),
+        text_encoder_2=t5.eval(),
+        tokenizer_2=T5Tokenizer(vocab=letters, extra_ids=0, model_max_length=512),
+        transformer=both.transformer,
+    ).save_pretrained(path)
+    config = json.loads((path / "vae" / "config.json").read_text()) | {"sample_size": 64}
+    (path / "vae" / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def opened(folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(folder, precision="fp32", device="cpu")
+
+
+def test_a_folder_makes_the_images_that_diffusers_makes_of_it(folder: Path, opened: Pipeline) -> None:
+    theirs = FluxKontextPipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 3, "output_type": "latent", "height": 48, "width": 64, "max_sequence_length": 40}
+    for prompt, prompt_2 in ((PROMPTS[0], None), (PROMPTS[1], None), (PROMPTS[2], "b"), ("e", PROMPTS[2])):
+        ours = opened(prompt, prompt_2=prompt_2, seed=3, **call).images
+        want = theirs(
+            prompt=prompt, prompt_2=prompt_2, generator=generator(3), max_area=48 * 64, _auto_resize=False, **call
+        ).images
+        assert (ours - want).abs().max() < 1e-4
+    ours = opened(PROMPTS[:2], num_images_per_prompt=2, seed=[1, 2, 3, 4], **call).images
+    generators = [generator(seed) for seed in (1, 2, 3, 4)]
+    want = theirs(prompt=PROMPTS[:2], num_images_per_prompt=2, generator=generators, max_area=48 * 64, **call).images
+    assert (ours - want).abs().max() < 1e-4
+
+
+def test_what_a_folder_says_is_used(opened: Pipeline) -> None:
+    assert (opened.variant, opened.side) == ("kontext", 64)
+    assert opened.scheduler.use_dynamic_shifting
+    out = opened("a fox", image=photo(), num_inference_steps=2, seed=1)
+    assert out.record.request.mode == "edit"
+    assert out.images[0].size == (80, 48)
+    record = out.record
+    assert [part.name for part in record.parts] == ["transformer", "vae", "clip", "t5", "tokenizers"]
+    assert {part.source for part in record.parts} == {"tiny-kontext"}
+    assert len({part.identity for part in record.parts}) == 5
+    assert record.timings is not None
+    assert record.timings.load > 0
+    assert opened.summary() == "tiny-kontext (kontext): eager, fp32 on cpu"
+    assert len(record.plan) > 10
+    assert {layer.implementation for layer in record.plan} == {"eager"}
+
+
+def test_what_is_cut_from_a_prompt_is_said_before_it_runs(opened: Pipeline) -> None:
+    plan = opened(PROMPTS[2], max_sequence_length=40, seed=1, dry_run=True)
+    clip, t5 = plan.record.notices
+    assert clip.startswith("CLIP reads 77 tokens; it does not see the end of the prompt: ")
+    assert t5.startswith("T5 reads 40 tokens")
+    assert not opened(PROMPTS[0], seed=1, dry_run=True).record.notices
+    with pytest.raises(ValueError, match="max_sequence_length must be from 1 to 512, got 513"):
+        opened("a", max_sequence_length=513, dry_run=True)
+
+
+def test_files_and_folders_open_alike(folder: Path, opened: Pipeline, tmp_path: Path) -> None:
+    weights = "diffusion_pytorch_model.safetensors"
+    pipe = Pipeline.from_files(
+        transformer=folder / "transformer" / weights,
+        vae=folder / "vae",
+        clip=folder / "text_encoder",
+        t5=folder / "text_encoder_2",
+        tokenizers=folder,
+        variant="kontext",
+        precision="fp32",
+        device="cpu",
+    )
+    call = {"seed": 3, "num_inference_steps": 2, "output_type": "latent"}
+    assert torch.equal(pipe("a fox", **call).images, opened("a fox", **call).images)
+    with pytest.raises(ValueError, match=r"tokenizers: .* must be a folder with tokenizer and tokenizer_2"):
+        Pipeline.from_files(folder, tokenizers=tmp_path)
+
+
+def test_bf16_from_a_folder_is_diffusers_in_bf16(folder: Path, opened: Pipeline) -> None:
+    pipe = Pipeline.from_pretrained(folder, device="cpu")
+    theirs = FluxKontextPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    theirs.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 4, "output_type": "latent", "height": 48, "width": 64, "max_sequence_length": 40}
+    ours = pipe("a fox", seed=3, **call).images
+    want = theirs(prompt="a fox", generator=generator(3), max_area=48 * 64, **call).images
+    exact = opened("a fox", seed=3, **call).images
+    assert relative(ours, want) < 1.3 * relative(want, exact)
+    assert relative(ours, exact) < 1.3 * relative(want, exact)
+
+
+def test_a_damaged_scheduler_is_named(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for text, sentence in (("{", "scheduler_config.json"), ('{"_class_name": "DDIMScheduler"}', "got DDIMScheduler")):
+        (copy / "scheduler" / "scheduler_config.json").write_text(text)
+        with pytest.raises(ValueError, match=sentence):
+            Pipeline.from_pretrained(copy)
