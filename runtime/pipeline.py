@@ -22,8 +22,6 @@ ours differ where theirs would surprise:
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,25 +34,20 @@ from PIL import Image
 from torch import Tensor
 
 from fluxkiln import images, mask, plan, sampling
-from fluxkiln.autoencoder import Autoencoder, load_autoencoder
+from fluxkiln.autoencoder import Autoencoder
 from fluxkiln.cache import ImageCache
 from fluxkiln.config import LATENT_SCALE, PATCH, TOKEN_PIXELS
-from fluxkiln.foreign import Part as PartName
-from fluxkiln.hub import BUNDLED, resolve
 from fluxkiln.images import Source
 from fluxkiln.kernels.recipe import Recipe
-from fluxkiln.load import load_transformer
-from fluxkiln.locate import locate
+from fluxkiln.opening import SIDE, open_parts
 from fluxkiln.prepare import VARIANTS, Course, Embeddings, Scene, Text, Texts, choose_mode, defaults, look
 from fluxkiln.record import Part, Record, Request, versions
-from fluxkiln.safetensors_file import CheckpointError
 from fluxkiln.sampling import Callback, Guidance, Scheduler
 from fluxkiln.text import TextEncoders
 from fluxkiln.transformer import Transformer
 from fluxkiln.watch import Bar, Clock
 
 OutputType = Literal["pil", "np", "pt", "latent"]
-SIDE = 1024  # of FLUX.1's usual square, in pixels
 
 
 class BrokenImageError(RuntimeError):
@@ -97,7 +90,7 @@ class Pipeline:
         scheduler: None is the variant's own: unshifted for schnell, shifted for the others.
         variant: what the model was trained for, where its sizes do not tell: `kontext`, `canny`, `depth`.
         side: of the square made unless told otherwise, in pixels.
-        parts: identity of the files, for the record.
+        parts: identity of the files, for the record; so are `load_seconds`.
 
     Raises:
         ValueError: an unknown variant, or parts that do not fit each other.
@@ -113,12 +106,13 @@ class Pipeline:
         variant: str | None = None,
         side: int = SIDE,
         parts: Sequence[Part] = (),
+        load_seconds: float = 0.0,
     ) -> None:
         self.transformer, self.autoencoder, self.text = transformer, autoencoder, text
         self.variant = variant or transformer.config.variant
         self.scheduler = scheduler or (sampling.UNSHIFTED if self.variant == "schnell" else sampling.SHIFTED)
         self.side, self.parts = side, tuple(parts)
-        self.load_seconds = 0.0
+        self.load_seconds = load_seconds
         choice = transformer.loaded.choice if transformer.loaded else None
         reasons = choice.reasons.items() if choice and choice.fallback else ()
         self.notices = [f"backend {name} cannot run this: {reason}" for name, reason in reasons]
@@ -326,8 +320,16 @@ class Pipeline:
             ModelUnavailableError: it is not there, and not to be had from the hub.
             RefusedError: the backend cannot run this here.
         """
-        options = {"precision": precision, "backend": backend, "device": device, "dtype": dtype, "variant": variant}
-        return cls.from_files(model, recipe=recipe, fallback=fallback, **options)  # type: ignore[arg-type]
+        return cls.from_files(
+            model,
+            precision=precision,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            variant=variant,
+            recipe=recipe,
+            fallback=fallback,
+        )
 
     @classmethod
     def from_files(
@@ -359,16 +361,8 @@ class Pipeline:
             as `from_pretrained`.
         """
         started = time.perf_counter()
-        given = {"transformer": transformer, "vae": vae, "clip": clip, "t5": t5, "tokenizers": tokenizers}
-        sources = {name: transformer if path is None else path for name, path in given.items()}
-        inside = [name for name, path in given.items() if path is None]
-        whole = resolve(transformer, [folder for name in ("transformer", *inside) for folder in _FOLDERS[name]])
-        paths = {name: whole if path is None else resolve(path, _FOLDERS[name]) for name, path in given.items()}
-        words = paths["tokenizers"] if (paths["tokenizers"] / "tokenizer").is_dir() else None
-        if tokenizers is not None and words is None:
-            raise ValueError(f"tokenizers: {tokenizers} must be a folder with tokenizer and tokenizer_2 in it")
-        model = load_transformer(
-            whole,
+        parts = open_parts(
+            {"transformer": transformer, "vae": vae, "clip": clip, "t5": t5, "tokenizers": tokenizers},
             precision=precision,
             backend=backend,
             device=device,
@@ -376,21 +370,16 @@ class Pipeline:
             recipe=recipe,
             fallback=fallback,
         )
-        assert model.loaded is not None
-        parts = [_part(name, paths[name], sources[name]) for name in ("transformer", "vae", "clip", "t5")]
-        if words is not None:
-            parts.append(Part("tokenizers", _source(sources["tokenizers"]), "tokenizers", _digest(words)))
-        pipe = cls(
-            model,
-            load_autoencoder(paths["vae"], model.device, model.dtype),
-            TextEncoders.from_files(paths["clip"], paths["t5"], words, model.device, model.dtype),
-            scheduler=_scheduler(whole),
-            variant=variant or model.loaded.checkpoint.variant,
-            side=locate(paths["vae"], "vae").config.get("sample_size", SIDE),
-            parts=parts,
+        return cls(
+            parts.transformer,
+            parts.autoencoder,
+            parts.text,
+            scheduler=parts.scheduler,
+            variant=variant or parts.variant,
+            side=parts.side,
+            parts=parts.identities,
+            load_seconds=time.perf_counter() - started,
         )
-        pipe.load_seconds = time.perf_counter() - started
-        return pipe
 
     def summary(self) -> str:
         """What runs, in one line."""
@@ -430,18 +419,14 @@ class Pipeline:
         """Where the denoise begins. The order in which a seed's numbers are drawn is diffusers' order."""
         sources, batch = sampling.generators(seeds), len(seeds)
         channels = self.autoencoder.config.latent_channels
+        references = [self._mean(picture).expand(batch, -1, -1) for picture in scene.references]
         fixed: list[Tensor] = []
         known = None
         if scene.control is not None:
             fixed.append(self._sample(images.pixels(scene.control), sources))
         if scene.start is not None:
-            # Kontext's masked edit starts from the picture that it also reads as a reference: the mean, no draw.
-            exact = bool(scene.references)
-            known = (
-                self._mean(scene.start).expand(batch, -1, -1)
-                if exact
-                else self._sample(images.pixels(scene.start), sources)
-            )
+            # Kontext's masked edit starts from the picture that it also reads, its first reference.
+            known = references[0] if references else self._sample(images.pixels(scene.start), sources)
 
         if latents is None:
             shape = (channels, scene.height // LATENT_SCALE, scene.width // LATENT_SCALE)
@@ -462,7 +447,6 @@ class Pipeline:
         elif scene.mask is not None:
             assert known is not None
             keep = _keeper(mask.latent_mask(scene.mask, channels).to(self.device, self.dtype), known, noise, schedule)
-        references = [self._mean(picture).expand(batch, -1, -1) for picture in scene.references]
         return _Start(
             x=x,
             channels=torch.cat(fixed, dim=2) if fixed else None,
@@ -481,7 +465,9 @@ class Pipeline:
             ids = torch.cat((ids, sampling.reference_positions(grids)))
         rope = model.rope(torch.zeros(words.sequence.shape[1], 3), ids)
         timestep = sampling.timesteps(course.schedule, self.dtype).to(self.device)
-        guidance = None if course.guidance is None else torch.tensor(course.guidance).to(self.device)
+        guidance = (
+            None if course.guidance is None else torch.tensor(course.guidance, dtype=torch.float32).to(self.device)
+        )
         # One image at a time, so that a batch cannot change a row. [N, B, M, D]
         each = [model.modulate(row.expand(len(timestep), -1), timestep, guidance) for row in words.pooled]
         mods = torch.stack(each, dim=1)
@@ -568,51 +554,6 @@ class Pipeline:
         )
 
 
-# --- opening ------------------------------------------------------------------------------------
-
-# Folders of a diffusers pipeline that each argument stands for.
-_FOLDERS = {
-    "transformer": ("scheduler", "transformer"),
-    "vae": ("vae",),
-    "clip": ("text_encoder",),
-    "t5": ("text_encoder_2",),
-    "tokenizers": ("tokenizer", "tokenizer_2"),
-}
-
-
-def _part(name: PartName, path: Path, given: str | Path) -> Part:
-    located = locate(path, name)
-    return Part(name, _source(given), located.kind.name, located.identity)
-
-
-def _source(given: str | Path) -> str:
-    """A name as it was given, a path without the folders of this machine."""
-    path = Path(given).expanduser()
-    return path.resolve().name if given not in BUNDLED and path.exists() else str(given)
-
-
-def _digest(folder: Path) -> str:
-    """sha256 (hex) of the files of both tokenizers."""
-    digest = hashlib.sha256()
-    for file in sorted(file for name in _FOLDERS["tokenizers"] for file in (folder / name).glob("*") if file.is_file()):
-        digest.update(
-            f"{file.relative_to(folder).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()} ".encode()
-        )
-    return digest.hexdigest()
-
-
-def _scheduler(path: Path) -> Scheduler | None:
-    """As a diffusers pipeline has it, given its folder or its transformer's."""
-    for folder in (path, path.parent):
-        file = folder / "scheduler" / "scheduler_config.json"
-        if file.is_file():
-            try:
-                return Scheduler.from_diffusers(json.loads(file.read_bytes()))
-            except (ValueError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{file}: {error}") from None
-    return None
-
-
 # --- one image's small parts --------------------------------------------------------------------
 
 
@@ -623,9 +564,10 @@ def _grid(width: int, height: int) -> tuple[int, int]:
 
 def _keeper(white: Tensor, known: Tensor, noise: Tensor, schedule: Sequence[float]) -> Callable[[int, Tensor], Tensor]:
     """Put the known tokens back where `white [1, L, 4C]` is 0, noised to where the step ended."""
+    levels = torch.tensor(schedule, dtype=torch.float32).to(known)
 
     def keep(i: int, x: Tensor) -> Tensor:
-        return (1 - white) * sampling.add_noise(known, noise, schedule[i + 1]) + white * x
+        return (1 - white) * sampling.add_noise(known, noise, levels[i + 1]) + white * x
 
     return keep
 

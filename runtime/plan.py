@@ -9,7 +9,7 @@ from fluxkiln.record import Determinism, Layer
 from fluxkiln.transformer import Transformer
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}
-PROMISES: dict[str, Determinism] = {"triton": "rows-bitwise", "eager": "rows-to-rounding"}
+PROMISES: dict[str, Determinism] = {"triton": "rows-bitwise", "eager": "rows-to-rounding", "trt": "repeatable"}
 
 # Fields of the graph's blocks -> the native name of a linear that runs there.
 _DOUBLE = {"qkv": "img_attn.qkv", "proj": "img_attn.proj", "mlp_in": "img_mlp.0", "mlp_out": "img_mlp.2"}

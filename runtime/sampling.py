@@ -207,9 +207,9 @@ def draw(sources: Sequence[torch.Generator], shape: Sequence[int], dtype: torch.
     return torch.cat([torch.randn((1, *shape), generator=source, dtype=dtype) for source in sources])
 
 
-def add_noise(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
+def add_noise(latents: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
     """Latents as they are at `sigma`: `sigma * noise + (1 - sigma) * latents`, sigma rounded to their dtype."""
-    s = torch.tensor(sigma, dtype=torch.float32).to(latents.device, latents.dtype)
+    s = torch.as_tensor(sigma, dtype=torch.float32).to(latents)
     return s * noise + (1.0 - s) * latents
 
 
