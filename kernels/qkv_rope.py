@@ -30,7 +30,7 @@ from fluxkiln.kernels.attention import V_BLOCK, Query, Values
 from fluxkiln.kernels.compile import Configuration
 from fluxkiln.kernels.formats import FP8_MAX, TINY, Activation, Fp8, Quant
 from fluxkiln.kernels.language import Launch, constexpr, jit, tl
-from fluxkiln.kernels.layers import EPS, Linear, LowRank, QKNorm, Streams
+from fluxkiln.kernels.layers import EPS, Linear, LowRank, QKNorm, Streams, rows
 from fluxkiln.kernels.matmul import Packed
 from fluxkiln.kernels.quantize import Empty, fresh
 from fluxkiln.kernels.tiles import Problem, Tile
@@ -172,11 +172,15 @@ def reference(x: Activation, projection: Projection, rope: Tensor, split: int) -
 
 def _normed(x: Activation, projection: Projection, split: int) -> tuple[Tensor, ...]:
     """q, k and v before rotation, joint over the streams; on its own, so that what it joins is freed before that."""
-    head_dim = projection.norms[0].query.shape[0]
-    rows = (x,) if len(projection.streams) == 1 else (x[:, :split], x[:, split:])
     streams = []
-    for x_s, linear, norm in zip(rows, projection.streams, projection.norms, strict=True):
-        q, k, v = linear(x_s).unflatten(-1, (3, -1, head_dim)).unbind(2)
+    parts = (x,) if len(projection.streams) == 1 else (x[:, :split], x[:, split:])
+    for x_s, linear, norm in zip(parts, projection.streams, projection.norms, strict=True):
+        # One after the other: a product three times as wide would stay in memory for v's sake.
+        width = linear.bias.shape[0] // 3
+        q, k, v = (
+            rows(linear, slice(i * width, (i + 1) * width))(x_s).unflatten(-1, (-1, norm.query.shape[0]))
+            for i in range(3)
+        )
         streams.append((rms_norm(q, norm.query), rms_norm(k, norm.key), v))
     return streams[0] if len(streams) == 1 else tuple(torch.cat(pair, dim=1) for pair in zip(*streams, strict=True))
 
