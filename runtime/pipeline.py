@@ -551,6 +551,7 @@ class Pipeline:
             versions=versions(self.device),
             reasons=loaded.choice.reasons if loaded else {},
             notices=tuple(notices),
+            variant=self.variant,
         )
 
 

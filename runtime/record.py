@@ -202,6 +202,7 @@ class Record:
         timings, peak_memory: measurements, None before the run; memory in bytes, of the device or, on a CPU, of
             the process.
         index: which image of the batch the record belongs to; None for the whole batch.
+        variant: what the model was taken for (`dev`, `kontext`, ...).
     """
 
     request: Request
@@ -218,6 +219,7 @@ class Record:
     timings: Timings | None = None
     peak_memory: int | None = None
     index: int | None = None
+    variant: str = ""
 
     @property
     def coverage(self) -> dict[str, float]:
@@ -248,8 +250,8 @@ class Record:
     def determinants(self) -> dict[str, Any]:
         """Everything that decides the bytes of the images, as plain data."""
         data = _encode(self)
-        # The plan follows from backend, precision, parts and versions; file names and sentences change no pixel.
-        for name in ("plan", "reasons", "notices", "timings", "peak_memory", "index"):
+        data["plan"] = _group(self.plan)
+        for name in ("reasons", "notices", "timings", "peak_memory", "index"):
             del data[name]
         data["parts"] = [{k: part[k] for k in ("name", "identity")} for part in data["parts"]]
         for picture in data["request"]["pictures"]:
@@ -275,9 +277,12 @@ class Record:
             was, is_ = before.get(name), after.get(name)
             if was is None or is_ is None or was.identity != is_.identity:
                 found.append(f"{name}: recorded {_identity(was)}, here {_identity(is_)}")
-        for name in ("backend", "precision", "dtype", "device"):
+        for name in ("variant", "backend", "precision", "dtype", "device"):
             if getattr(self, name) != getattr(now, name):
                 found.append(f"{name}: recorded {getattr(self, name)}, here {getattr(now, name)}")
+        if changed := set(self.plan) ^ set(now.plan):
+            name = min(layer.name for layer in changed)
+            found.append(f"plan: {len({layer.name for layer in changed})} layers are bound otherwise, first {name}")
         for name in sorted(self.versions.keys() | now.versions.keys()):
             was_v, is_v = self.versions.get(name, "none"), now.versions.get(name, "none")
             if was_v != is_v:

@@ -103,6 +103,8 @@ DECIDES = {
     "backend": make(backend="triton"),
     "precision": make(precision="bf16"),
     "device": make(device="cuda"),
+    "variant": make(variant="kontext"),
+    "plan": make(plan=(*make().plan[:-1], Layer("final", "linear", "triton", "bf16", 50))),
     "version": make(versions={"torch": "2.13.1", "fluxkiln": "0.1.0"}),
 }
 
@@ -148,12 +150,14 @@ def test_differences_name_what_changed() -> None:
     now = make(
         parts=(Part("transformer", "other.safetensors", "bfl", "99" * 32),),
         device="cuda",
+        plan=(*make().plan[:-2], Layer("final", "linear", "triton", "bf16", 50)),
         versions={"torch": "2.14.0", "fluxkiln": "0.1.0", "gpu": "L4"},
     )
     assert make().differences(now) == [
         "transformer: recorded tiny.safetensors (121212121212), here other.safetensors (999999999999)",
         "vae: recorded ae (343434343434), here none",
         "device: recorded cpu, here cuda",
+        "plan: 2 layers are bound otherwise, first double_blocks.2.proj",
         "gpu: recorded none, here L4",
         "torch: recorded 2.13.0, here 2.14.0",
     ]
