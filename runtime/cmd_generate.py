@@ -95,7 +95,9 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--tokenizers", metavar="FOLDER", help="for single files: tokenizer/ and tokenizer_2/")
     model.add_argument("--variant", help="dev, schnell, kontext, fill, canny or depth, where the files do not tell")
     model.add_argument("--precision", help="fp32, bf16, fp8 or nvfp4 (default bf16)")
+    model.add_argument("--recipe", metavar="FILE", help="JSON: which layer gets which format")
     model.add_argument("--backend", help="auto, eager, triton or trt (default auto: the fastest that can run it)")
+    model.add_argument("--fallback", action="store_true", help="take another backend if that one cannot, and say so")
     model.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda if there is one)")
 
     parser.add_argument("--no-metadata", action="store_true", help="do not write into the image how it was made")
@@ -208,7 +210,7 @@ def jobs_of(args: argparse.Namespace) -> Iterator[Job]:
         raise ValueError(f"-n must be at least 1, got {args.n}")
     if (args.prompt is None) == (args.prompts is None):
         raise ValueError("give either a prompt or --prompts FILE" + (", not both" if args.prompts else ""))
-    model = {name: getattr(args, name) for name in (*_FILES, "model", "variant", "precision", "backend")}
+    model = {name: getattr(args, name) for name in ("model", *_FILES, *_OPTIONS)}
     requests = [{"prompt": args.prompt}] if args.prompts is None else read_jobs(args.prompts)
     yield from Job.expand(requests, shared, args.n, model)
 
@@ -217,14 +219,15 @@ def open_pipeline(args: argparse.Namespace, record: Record | None = None) -> Pip
     """The pipeline that the options name; with a record, as that ran unless an option says otherwise."""
     from fluxkiln.pipeline import Pipeline
 
-    options = {name: getattr(args, name) for name in ("precision", "backend", "device", "variant")}
+    options = {name: getattr(args, name) for name in _OPTIONS}
     if record is not None:
         import torch
 
-        recorded = {"precision": record.precision, "backend": record.backend, "device": record.device}
-        options |= {name: options[name] or value for name, value in recorded.items()}
+        options |= {
+            name: options[name] or getattr(record, name) for name in ("precision", "backend", "device", "variant")
+        }
         options["dtype"] = getattr(torch, record.dtype)
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in options.items() if value}
     files = {name: getattr(args, name) for name in _FILES if getattr(args, name) is not None}
     if files and args.model:
         raise ValueError(f"give either --model or single files, not both (--{next(iter(files))})")
@@ -232,16 +235,29 @@ def open_pipeline(args: argparse.Namespace, record: Record | None = None) -> Pip
         if "transformer" not in files:
             raise ValueError("single files need --transformer FILE")
         return Pipeline.from_files(**files, **options)
-    return Pipeline.from_pretrained(args.model or _recorded_model(record), **options)
+    return Pipeline.from_pretrained(args.model or _recorded_model(args, record), **options)
 
 
 _FILES = ("transformer", "vae", "clip", "t5", "tokenizers")
+_OPTIONS = ("variant", "precision", "recipe", "backend", "fallback", "device")
 
 
-def _recorded_model(record: Record | None) -> str:
+def _recorded_model(args: argparse.Namespace, record: Record | None) -> str:
+    """The default model, or the one that a record names.
+
+    Raises:
+        FileNotFoundError: a record has names of files, but not where they are.
+    """
+    from fluxkiln.hub import BUNDLED
+
     if record is None:
         return DEFAULT_MODEL
-    return next((part.source for part in record.parts if part.name == "transformer"), DEFAULT_MODEL)
+    sources = {part.name: part.source for part in record.parts}
+    names = set(sources.values())
+    if len(names) == 1 and ("/" in (name := names.pop()) or name in BUNDLED):
+        return name
+    files = ", ".join(f"{part} {source}" for part, source in sources.items())
+    raise FileNotFoundError(f"{args.repeat} was made with {files}: say where that is with --model or --transformer …")
 
 
 def _recorded_pictures(args: argparse.Namespace, record: Record) -> dict[str, Any]:

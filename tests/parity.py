@@ -12,7 +12,6 @@ from torch import Tensor
 from fluxkiln.config import FluxConfig
 from fluxkiln.kernels.layers import Linear
 from fluxkiln.kernels.recipe import Recipe, quantize
-from fluxkiln.names import SWAPPED, to_diffusers
 
 # small, with one block of each kind and FLUX.1's head dim: what engines and exported graphs are tried on
 SMALL = FluxConfig(
@@ -44,36 +43,10 @@ def layers_of(config: FluxConfig, recipe: Recipe, dtype: torch.dtype) -> dict[st
     return layers
 
 
-def diffusers_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Native tensors under diffusers' names: fused rows taken apart, the final modulation's halves swapped."""
-    state = {}
-    for name, tensor in tensors.items():
-        if name in SWAPPED:
-            tensor = torch.cat(tuple(reversed(tensor.chunk(2))))
-        parts = to_diffusers(name)
-        width = tensor.shape[0] // 7 if len(parts) == 4 else tensor.shape[0] // len(parts)
-        sizes = [width] * (len(parts) - 1)
-        state.update(zip(parts, tensor.split([*sizes, tensor.shape[0] - sum(sizes)]), strict=True))
-    return state
-
-
 def diffusers_model(config: FluxConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> FluxTransformer2DModel:
     model = FluxTransformer2DModel.from_config(config.to_diffusers())
-    model.load_state_dict(diffusers_state(tensors))
+    model.load_state_dict(diffusers_state(config, tensors))
     return model.to(dtype).eval()
-
-
-def diffusers_velocity(model: FluxTransformer2DModel, x: Mapping[str, Tensor | None]) -> Tensor:
-    return model(
-        hidden_states=x["img"],
-        encoder_hidden_states=x["txt"],
-        pooled_projections=x["pooled"],
-        timestep=x["timestep"],
-        guidance=x["guidance"],
-        img_ids=x["img_ids"],
-        txt_ids=x["txt_ids"],
-        return_dict=False,
-    )[0]
 
 
 def relative(a: Tensor, b: Tensor) -> float:

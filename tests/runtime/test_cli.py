@@ -1,11 +1,11 @@
-"""The command line, called as a user does, on a tiny random pipeline."""
+"""The command line, called as a user does, on a tiny random model."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +13,63 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 import fluxkiln.pipeline
 from fluxkiln import cli, metadata
-from fluxkiln.autoencoder import Autoencoder, AutoencoderConfig
+from fluxkiln.autoencoder import Autoencoder, AutoencoderConfig, diffusers_tensors
+from fluxkiln.bench.peers import diffusers_state
 from fluxkiln.cli import main
 from fluxkiln.config import FluxConfig, scaled_axes
 from fluxkiln.pipeline import Pipeline
 from fluxkiln.record import Part
-from fluxkiln.transformer import Transformer
 
 from parity import random_tensors
 
-
-class Words:
-    """Text encoders of a kind: embeddings drawn by the prompt."""
-
-    def encode(self, prompt: str, prompt_2: str, length: int) -> tuple[Tensor, Tensor]:
-        pooled = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-        sequence = torch.Generator().manual_seed(zlib.crc32(prompt_2.encode()))
-        return torch.randn(1, min(length, 5), 32, generator=sequence), torch.randn(1, 24, generator=pooled)
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Pipeline:
-    config = FluxConfig(16, 16, 128, 2, 1, 1, 4.0, 32, 24, True, scaled_axes(64))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Kontext model in diffusers' layout with tiny random parts, and tokenizers whose vocabulary is the alphabet."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
-    return Pipeline(
-        Transformer(config, random_tensors(config)),
-        Autoencoder(AutoencoderConfig((8, 8, 8, 8), 1, latent_channels=4, norm_num_groups=2)),
-        Words(),  # type: ignore[arg-type]
-        variant="kontext",
-        side=64,
-        parts=(Part("transformer", "tiny", "bfl", "ab" * 32),),
+    config = FluxConfig(16, 16, 128, 2, 1, 1, 4.0, 32, 24, True, scaled_axes(64))
+    sizes = AutoencoderConfig((8, 8, 8, 8), 1, latent_channels=4, norm_num_groups=2)
+    weights = {
+        "transformer": (config.to_diffusers(), diffusers_state(config, random_tensors(config))),
+        "vae": (sizes.to_diffusers() | {"sample_size": 64}, diffusers_tensors(Autoencoder(sizes).state_dict())),
+    }
+    for name, (described, tensors) in weights.items():
+        (path / name).mkdir(parents=True)
+        (path / name / "config.json").write_text(json.dumps(described))
+        whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(whole, path / name / "diffusion_pytorch_model.safetensors")
+    (path / "model_index.json").write_text('{"_class_name": "FluxKontextPipeline"}')
+
+    pieces = [*LETTERS, *(c + "</w>" for c in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((c, -2.0) for c in LETTERS)]
+    clip = CLIPTextConfig(
+        vocab_size=len(pieces), hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
+        bos_token_id=len(pieces) - 2, eos_token_id=len(pieces) - 1, pad_token_id=1,
+    )  # fmt: skip
+    t5 = T5Config(
+        vocab_size=len(letters), d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu"
     )
+    clip_tokenizer = CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[], model_max_length=77)
+    CLIPTextModel(clip).save_pretrained(path / "text_encoder")
+    T5EncoderModel(t5).save_pretrained(path / "text_encoder_2")
+    clip_tokenizer.save_pretrained(path / "tokenizer")
+    T5Tokenizer(vocab=letters, extra_ids=0, model_max_length=512).save_pretrained(path / "tokenizer_2")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(folder: Path) -> Pipeline:
+    pipe = Pipeline.from_pretrained(folder, precision="fp32", device="cpu")
+    pipe.parts = tuple(dataclasses.replace(part, source="somebody/tiny") for part in pipe.parts)
+    return pipe
 
 
 @pytest.fixture
@@ -63,8 +85,8 @@ def opened(tiny: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
         calls.append((None, options))
         return tiny
 
-    monkeypatch.setattr(fluxkiln.pipeline.Pipeline, "from_pretrained", staticmethod(from_pretrained), raising=False)
-    monkeypatch.setattr(fluxkiln.pipeline.Pipeline, "from_files", staticmethod(from_files), raising=False)
+    monkeypatch.setattr(fluxkiln.pipeline.Pipeline, "from_pretrained", staticmethod(from_pretrained))
+    monkeypatch.setattr(fluxkiln.pipeline.Pipeline, "from_files", staticmethod(from_files))
     monkeypatch.chdir(tmp_path)
     return calls
 
@@ -144,8 +166,6 @@ def test_debug_shows_where(opened: Any) -> None:
 def test_a_model_that_is_not_there_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if not hasattr(Pipeline, "from_pretrained"):
-        pytest.skip("Pipeline.from_pretrained is not written yet")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -249,6 +269,23 @@ def test_cache(opened: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert not Path("other").exists()
 
 
+def test_a_folder_from_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", str(folder), "--device", "cpu"]
+    assert main(["generate", "a fox", "-o", "a.png", *options, "--precision", "fp32", *FAST]) == 0
+    record = metadata.read("a.png")
+    assert {part.source for part in record.parts} == {"tiny"}
+    assert record.variant == "kontext"
+    assert str(folder.parent) not in record.to_json()
+    assert main(["generate", "--from", "a.png", "-o", "b.png", *options]) == 0
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    files = ["--transformer", str(folder / "transformer"), "--vae", str(folder / "vae"), "--tokenizers", str(folder)]
+    files += ["--clip", str(folder / "text_encoder"), "--t5", str(folder / "text_encoder_2"), "--variant", "kontext"]
+    options = ["--precision", "fp32", "--seed", str(record.seed), "--device", "cpu"]
+    assert main(["generate", "a fox", "-o", "c.png", *files, *options, *FAST]) == 0
+    assert np.array_equal(pixels("a.png"), pixels("c.png"))
+
+
 # --- batches ------------------------------------------------------------------------------------
 
 
@@ -320,7 +357,8 @@ def test_from_repeats_an_image(opened: list, capsys: pytest.CaptureFixture[str])
     assert np.array_equal(pixels("a.webp"), pixels("b.png"))
     assert "b.png has the same pixels as a.webp" in capsys.readouterr().out
     assert metadata.read("b.png") == metadata.read("a.webp")
-    assert opened[1] == ("tiny", {"precision": "fp32", "backend": "eager", "device": "cpu", "dtype": torch.float32})
+    same = {"precision": "fp32", "backend": "eager", "device": "cpu", "dtype": torch.float32, "variant": "kontext"}
+    assert opened[1] == ("somebody/tiny", same)
 
 
 def test_from_finds_the_pictures_and_checks_them(opened: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,14 +383,21 @@ def test_from_finds_the_pictures_and_checks_them(opened: Any, capsys: pytest.Cap
 def test_from_says_what_is_not_as_recorded(opened: Any, tiny: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "a", "-o", "a.png", "--seed", "1", *FAST]) == 0
     before = tiny.parts
-    tiny.parts = (Part("transformer", "other", "bfl", "cd" * 32),)
+    tiny.parts = (Part("transformer", "other", "bfl", "cd" * 32), *before[1:])
     try:
         assert main(["generate", "--from", "a.png"]) == 0
+        assert main(["generate", "a", "-o", "local.png", "--seed", "1", *FAST]) == 0
     finally:
         tiny.parts = before
     said = capsys.readouterr()
-    assert "not as recorded: transformer: recorded tiny (abababababab), here other (cdcdcdcdcdcd)" in said.err
+    was = before[0].identity[:12]
+    assert f"not as recorded: transformer: recorded somebody/tiny ({was}), here other (cdcdcdcdcdcd)" in said.err
     assert "has the same pixels" in said.out
+    assert main(["generate", "--from", "local.png"]) == 1
+    said = capsys.readouterr()
+    assert "local.png was made with transformer other, vae somebody/tiny" in said.err
+    assert "say where that is with --model" in said.err
+    assert main(["generate", "--from", "local.png", "--model", "folder"]) == 0
 
 
 def test_from_owns_up_to_other_pixels(opened: Any, capsys: pytest.CaptureFixture[str]) -> None:
