@@ -9,9 +9,12 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
+from fluxkiln.bench.peers import diffusers_state, diffusers_velocity
 from fluxkiln.config import FluxConfig
 from fluxkiln.kernels.layers import Linear
 from fluxkiln.kernels.recipe import Recipe, quantize
+
+__all__ = ["SMALL", "diffusers_model", "diffusers_velocity", "layers_of", "random_tensors", "relative"]
 
 # small, with one block of each kind and FLUX.1's head dim: what engines and exported graphs are tried on
 SMALL = FluxConfig(
