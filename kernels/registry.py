@@ -9,6 +9,7 @@ matrix(archs)                                              each of them compiled
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import shutil
@@ -51,11 +52,11 @@ class RefusedError(RuntimeError):
 # --- one call ---------------------------------------------------------------------------------
 
 
-def run(op: str, *args: Any, backend: str = "auto", arch: int | None = None) -> Any:
+def run(op: str, *given: Any, backend: str = "auto", arch: int | None = None, **named: Any) -> Any:
     """Run one operation; layers are given unpacked (`Streams`, `Projection`), nothing that is given is overwritten.
 
     Args:
-        op: a key of `OPS`; args: as its `reference` takes them.
+        op: a key of `OPS`; the other arguments are those of its `reference`.
         backend: `eager`, `triton`, or `auto`: Triton for tensors on a GPU if it can run them, else eager.
         arch: whose kernels Triton launches, None for the device's.
 
@@ -68,6 +69,9 @@ def run(op: str, *args: Any, backend: str = "auto", arch: int | None = None) -> 
     if backend not in ("auto", "eager", "triton"):
         raise ValueError(f"backend must be auto, eager or triton, got {backend!r}")
     module = OPS[op]
+    call = inspect.signature(module.reference).bind(*given, **named)
+    call.apply_defaults()
+    args = call.args
     module.check(*args)
     device = _device(args)
     if backend == "eager" or (backend == "auto" and device.type != "cuda"):
@@ -77,12 +81,10 @@ def run(op: str, *args: Any, backend: str = "auto", arch: int | None = None) -> 
         from fluxkiln.kernels.backend import Triton, refuse
 
         kernels = Triton(device, arch=arch)
-        packed = [_packed(op, arg) for arg in args]
-        if op == "linear_gate_residual":
-            packed[3] = packed[3].clone()  # the residual becomes the output
-        reason = refuse(module, packed, kernels.arch)
+        operands = packed(op, args)
+        reason = refuse(module, operands, kernels.arch)
         if reason is None:
-            output, launches = module.launch(*packed, arch=kernels.arch)
+            output, launches = module.launch(*operands, arch=kernels.arch)
             for launch in launches:
                 launch()
             return output
@@ -91,14 +93,21 @@ def run(op: str, *args: Any, backend: str = "auto", arch: int | None = None) -> 
     raise RefusedError(f"triton cannot run this {op}: {reason}")
 
 
-def _packed(op: str, arg: Any) -> Any:
+def packed(op: str, args: Sequence[Any]) -> list[Any]:
+    """The arguments of an operation's `launch`, given those of its `reference`; a residual, overwritten, is a copy."""
     from fluxkiln.kernels import matmul
 
-    if isinstance(arg, Projection):
-        return qkv_rope.pack(arg)
-    if isinstance(arg, Streams):
-        return linear.pack(arg) if op == "linear" else matmul.pack(arg)
-    return arg
+    def pack(arg: Any) -> Any:
+        if isinstance(arg, Projection):
+            return qkv_rope.pack(arg)
+        if isinstance(arg, Streams):
+            return linear.pack(arg) if op == "linear" else matmul.pack(arg)
+        return arg
+
+    operands = [pack(arg) for arg in args]
+    if op == "linear_gate_residual":
+        operands[3] = operands[3].clone()
+    return operands
 
 
 def _device(args: Sequence[Any]) -> torch.device:

@@ -1,0 +1,279 @@
+"""Every operation on every backend that runs on this machine, and a small denoise, held to float64.
+
+The truth is the operation's reference in float64 on the same operands; a backend may be at most twice as wrong as
+eager is in the same format. On a GPU the shapes are FLUX.1's with fewer tokens; on a CPU they are small, and the
+Triton kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import chain, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxkiln import sampling
+from fluxkiln.config import FluxConfig, scaled_axes
+from fluxkiln.kernels import Ops, eager_ops, formats, qkv_rope, recipe, registry
+from fluxkiln.kernels.attention import Values, dequantize_values
+from fluxkiln.kernels.formats import Activation, Quant, dequantize
+from fluxkiln.kernels.layers import Linear, QKNorm, Streams
+from fluxkiln.kernels.recipe import RECIPES, Recipe
+from fluxkiln.select import RefusedError, choose
+from fluxkiln.transformer import Transformer
+
+SLACK = 2.0  # times eager's own error
+NOISE = 1e-6  # relative: sums in another order, where eager happens to be exact
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One row of the table.
+
+    Attributes:
+        op: operation, or `denoise` for a whole one.
+        format: of what is multiplied or written.
+        backend: who ran it.
+        error: root mean square error against float64, relative to the truth's; None if it did not run.
+        eager_error: eager's own.
+        refused: why it did not run.
+        seconds: it took, compilation included.
+    """
+
+    op: str
+    format: str
+    backend: str
+    error: float | None = None
+    eager_error: float | None = None
+    refused: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        if self.error is None or self.eager_error is None:
+            return True
+        return self.error <= SLACK * self.eager_error + NOISE
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the problem that operations are verified on."""
+
+    hidden: int
+    head_dim: int
+    mlp: int
+    text: int
+    image: int
+    batch: int = 2
+
+
+SMALL = Sizes(hidden=128, head_dim=64, mlp=256, text=19, image=40)
+FLUX = Sizes(hidden=3072, head_dim=128, mlp=12288, text=77, image=1024)
+
+
+def verify(
+    device: torch.device | str | None = None,
+    backends: Sequence[str] = ("eager", "triton"),
+    progress: Callable[[Verdict], None] = lambda verdict: None,
+) -> list[Verdict]:
+    """Run everything.
+
+    Args:
+        device: where; None is the GPU if there is one.
+        backends: which; `eager` shows what rounding to bf16 costs by itself.
+        progress: told every verdict as it comes.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    sizes = FLUX if place.type == "cuda" else SMALL
+    verdicts = []
+    for verdict in chain(_operations(sizes, place, backends), _denoises(place, backends)):
+        verdicts.append(verdict)
+        progress(verdict)
+    return verdicts
+
+
+# --- operations -------------------------------------------------------------------------------
+
+
+def _operations(sizes: Sizes, device: torch.device, backends: Sequence[str]) -> Iterator[Verdict]:
+    for op, format, args in cases(sizes, device):
+        if op == "quantize":
+            truth = values(args[0].double())
+        else:  # unquantised, so that eager's own quantisation counts as its error
+            truth = values(registry.OPS[op].reference(*(None if isinstance(x, Quant) else exact(x) for x in args)))
+        eager = registry.run(op, *args, backend="eager")
+        eager_error = error(values(eager), truth)
+        for backend in backends:
+            start = time.perf_counter()
+            try:
+                got = eager if backend == "eager" else registry.run(op, *args, backend=backend)
+            except registry.RefusedError as refusal:
+                yield Verdict(op, format, backend, refused=str(refusal))
+                continue
+            found = values(got, half_layout=backend == "triton" and op == "qkv_rope")
+            yield Verdict(op, format, backend, error(found, truth), eager_error, seconds=time.perf_counter() - start)
+
+
+def cases(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """(operation, format, arguments) for every operation and format, in bf16 on `device`."""
+    g = torch.Generator().manual_seed(0)
+    s, B, L = sizes, sizes.batch, sizes.text + sizes.image
+    heads = s.hidden // s.head_dim
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, generator=g)).bfloat16().to(device)
+
+    def linear(n: int, k: int, format: str) -> Linear:
+        dense = Linear(normal(n, k, scale=k**-0.5), normal(n), name=f"{format} {n} {k}")
+        return dense if format == "bf16" else recipe.quantize(dense, recipe.Rule(format))  # type: ignore[arg-type]
+
+    def layer(n: int, k: int, format: str) -> Streams:
+        return Streams((linear(n, k, format), linear(n, k, format)))
+
+    def activation(k: int, quant: Quant | None) -> Activation:
+        x = normal(B, L, k)
+        x[:, 3] += 30  # a row far from zero, and an outlier
+        x[:, 5, k // 3] = 100
+        return formats.quantize(x, quant, torch.bfloat16)
+
+    angles = torch.rand(1, L, s.head_dim // 2, generator=g) * 6.28
+    rope = torch.stack((angles.cos(), angles.sin()), dim=-1).to(device)
+    norms = tuple(QKNorm(normal(s.head_dim), normal(s.head_dim)) for _ in range(2))
+    for format in registry.FORMATS:
+        row = None if format == "bf16" else Quant(format, "row")  # type: ignore[arg-type]
+        bound = None if format == "bf16" else Quant(format, "bound")  # type: ignore[arg-type]
+        mods = normal(B, 2, 3, s.hidden)
+        yield "norm_modulate", format, (activation(s.hidden, None), mods[:, :, 0], mods[:, :, 1], s.text, row)
+        x = activation(s.hidden, row)
+        projection = qkv_rope.Projection(layer(3 * s.hidden, s.hidden, format), norms)
+        yield "qkv_rope", format, (x, projection, rope, s.text)
+        if format != "nvfp4":
+            written = replace(projection, attention=format)  # type: ignore[arg-type]
+            yield "attention", format, (*qkv_rope.reference(x, written, rope, s.text), bound)
+        yield "linear_gelu", format, (x, layer(s.mlp, s.hidden, format), s.text, bound)
+        gate, residual = normal(B, 1, s.hidden), normal(B, L, s.hidden)
+        o, h = activation(s.hidden, row), activation(s.mlp, row)
+        down = Streams((linear(s.hidden, s.hidden + s.mlp, format),))
+        yield "linear_gate_residual", format, ((o, h), down, gate, residual, 0)
+        yield "linear", format, ((x,), Streams((linear(s.hidden, s.hidden, format),)))
+        if row is not None:
+            yield "quantize", format, (normal(B, L, heads * s.head_dim), row)
+
+
+def exact(x: Any) -> Any:
+    """The same arguments in float64; codes and their scales stay what they are."""
+    if isinstance(x, Tensor):
+        return x.double() if x.dtype == torch.bfloat16 else x
+    if isinstance(x, Streams):
+        return Streams(map(exact, x))
+    if isinstance(x, tuple):
+        return tuple(map(exact, x))
+    if isinstance(x, Values):
+        return replace(x, data=exact(x.data), dtype=torch.float64)
+    if is_dataclass(x) and not isinstance(x, Quant):
+        return replace(x, **{f.name: exact(getattr(x, f.name)) for f in fields(x)})  # type: ignore[type-var]
+    return x
+
+
+def error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """The worst part's root mean square error, relative to the truth's."""
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(got, truth, strict=True))
+
+
+def values(y: Any, half_layout: bool = False) -> list[Tensor]:
+    """What an output stands for, in float64: a tensor for each of its parts."""
+    if not isinstance(y, tuple):
+        return [y.double() if isinstance(y, Tensor) else dequantize(y, torch.float64)]
+    q, k, v = y
+    heads = [x.double() if isinstance(x, Tensor) else dequantize(x, torch.float64) for x in (q, k)]
+    if half_layout:
+        native = qkv_rope.half_layout(heads[0].shape[-1]).argsort().to(heads[0].device)
+        heads = [x[..., native] for x in heads]
+    return [*heads, v.double() if isinstance(v, Tensor) else dequantize_values(v, heads[0].shape[1], torch.float64)]
+
+
+# --- a denoise --------------------------------------------------------------------------------
+
+TINY = FluxConfig(
+    in_channels=64, out_channels=64, hidden_size=256, num_heads=2, depth=1, depth_single_blocks=1,
+    context_in_dim=64, vec_in_dim=32, axes_dim=scaled_axes(128),
+)  # fmt: skip
+
+
+def _denoises(device: torch.device, backends: Sequence[str]) -> Iterator[Verdict]:
+    for precision in registry.FORMATS:
+        chosen = RECIPES[precision]
+        layers = {name: _to(layer, device) for name, layer in tiny_model(chosen).items()}
+        wide = {name: exact(layer) for name, layer in layers.items()}
+        reference = Transformer(TINY, wide, eager_ops(chosen.attention))
+        truth = [_denoise(reference, reference)]
+        eager = [_denoise(Transformer(TINY, layers, eager_ops(chosen.attention)), reference)]
+        eager_error = error(eager, truth)
+        for backend in backends:
+            start = time.perf_counter()
+            choice = select(backend, chosen, device)
+            if isinstance(choice, str):
+                yield Verdict("denoise", precision, backend, refused=choice)
+                continue
+            got = eager if backend == "eager" else [_denoise(Transformer(TINY, layers, choice), reference)]
+            seconds = time.perf_counter() - start
+            yield Verdict("denoise", precision, backend, error(got, truth), eager_error, seconds=seconds)
+
+
+def select(backend: str, chosen: Recipe, device: torch.device) -> Ops | str:
+    """A backend's operations for the small model, or why there are none."""
+    try:
+        return choose(backend, TINY, chosen, device, torch.bfloat16).ops
+    except RefusedError as refusal:
+        return str(refusal)
+
+
+def tiny_model(chosen: Recipe, seed: int = 0) -> dict[str, Any]:
+    """Random layers of `TINY` by a recipe, as `Transformer` takes them, in bf16."""
+    g = torch.Generator().manual_seed(seed)
+    layers: dict[str, Any] = {}
+    for name, shape in TINY.tensor_shapes().items():
+        x = torch.randn(shape, generator=g)
+        layers[name] = (1 + 0.1 * x if name.endswith(".scale") else x / shape[-1] ** 0.5).bfloat16()
+    for name in [name.removesuffix(".weight") for name in layers if name.endswith(".weight")]:
+        rule = chosen.rule(name)
+        if rule.format != "dense":
+            layers[name] = recipe.quantize(Linear(layers[f"{name}.weight"], layers[f"{name}.bias"], name=name), rule)
+    return layers
+
+
+def _denoise(transformer: Transformer, reference: Transformer) -> Tensor:
+    """Latents `[2, 24, 64]` after `STEPS` steps from noise, in float64.
+
+    Modulation and rotation are the reference's: eager computes them for every backend, and a timestep rounded to
+    bf16 would drown what the kernels do.
+    """
+    g = torch.Generator().manual_seed(1)
+    image, text, batch, device = 24, 9, 2, transformer.device
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).bfloat16().to(device)
+
+    x, txt, pooled = normal(batch, image, 64).double(), normal(batch, text, 64), normal(batch, 32)
+    guidance = torch.full((batch,), 3.5, device=device)
+    rope = reference.rope(torch.zeros(text, 3), sampling.positions(4, 6))
+    rope = rope.to(torch.promote_types(transformer.dtype, torch.float32))
+    with torch.inference_mode():
+        for now, then in pairwise(sampling.schedule(STEPS, image)):
+            mods = reference.modulate(pooled, torch.full((batch,), now, device=device), guidance)
+            step = (x.to(transformer.dtype), txt.to(transformer.dtype), mods.to(transformer.dtype), rope)
+            x = x + (then - now) * transformer.step(*step).double()
+    return x
+
+
+def _to(x: Any, device: torch.device) -> Any:
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if is_dataclass(x):
+        return replace(x, **{f.name: _to(getattr(x, f.name), device) for f in fields(x)})  # type: ignore[type-var]
+    return x
