@@ -28,9 +28,24 @@ from fluxkiln.kernels.tiles import Problem, Tile
 
 OP = "linear"
 
-TILES: tiles.Table = {
+TILES: tiles.Table = {  # 64 outputs wide for the velocity
+    (89, "bf16", "f32"): (Tile(128, 128, 32, 4, 4, pieces=2, blocks=2), Tile(64, 64, 64, 4, 4, blocks=2)),
+    (89, "fp8", "f32"): (Tile(128, 128, 64, 4, 4, pieces=4, blocks=2),),
+    (89, "fp8", "promote128"): (Tile(128, 128, 64, 8, 4),),
+    (89, "fp8", "f16"): (Tile(128, 128, 128, 8, 3),),
+    (90, "bf16", "f32"): (Tile(128, 256, 64, 8, 4, pieces=2), Tile(128, 128, 64, 8, 3, pieces=2, blocks=2),
+                          Tile(64, 64, 128, 4, 3, blocks=2)),
     (90, "fp8", "f32"): (Tile(128, 256, 128, 8, 4, pieces=2), Tile(128, 128, 128, 8, 3, pieces=4, blocks=2)),
-}
+    (90, "fp8", "promote128"): (Tile(128, 128, 128, 8, 4, pieces=2),),
+    (100, "bf16", "f32"): (Tile(128, 256, 64, 8, 4, pieces=2), Tile(128, 64, 64, 4, 4, blocks=2)),
+    (100, "fp8", "f32"): (Tile(128, 256, 128, 8, 4, pieces=2),),
+    (100, "fp8", "promote128"): (Tile(128, 128, 128, 8, 4, pieces=2),),
+    (100, "nvfp4", "f32"): (Tile(128, 128, 256, 8, 3, pieces=2),),
+    (120, "bf16", "f32"): (Tile(128, 128, 32, 4, 4, pieces=2, blocks=2), Tile(64, 64, 64, 4, 4, blocks=2)),
+    (120, "fp8", "f32"): (Tile(128, 128, 64, 8, 3, blocks=2),),
+    (120, "fp8", "promote128"): (Tile(128, 128, 128, 8, 3),),
+    (120, "nvfp4", "f32"): (Tile(128, 128, 256, 8, 3, pieces=2),),
+}  # fmt: skip
 
 
 def pick(problem: Problem) -> Tile:

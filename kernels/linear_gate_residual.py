@@ -31,7 +31,25 @@ from fluxkiln.kernels.tiles import Problem, Tile
 OP = "linear_gate_residual"
 
 TILES: tiles.Table = {
+    # Ada: two blocks of 4 warps hide each other's epilogue; 8 warps where sums in registers need more of them.
+    (89, "bf16", "f32"): (Tile(128, 128, 32, 4, 4, pieces=2, blocks=2),),
+    (89, "fp8", "f32"): (Tile(128, 128, 64, 4, 4, pieces=4, blocks=2),),
+    (89, "fp8", "promote128"): (Tile(128, 128, 64, 8, 4),),
+    (89, "fp8", "f16"): (Tile(128, 128, 128, 8, 3),),
+    # Hopper: 128 x 256 reads three quarters of the operand bytes of 128 x 128, but N = 3072 makes few tiles, and
+    # a last wave of 128 x 128 leaves less idle; two blocks hide the residual's way from memory and back.
+    (90, "bf16", "f32"): (Tile(128, 256, 64, 8, 4, pieces=4), Tile(128, 128, 64, 8, 3, pieces=4, blocks=2)),
     (90, "fp8", "f32"): (Tile(128, 256, 128, 8, 4, pieces=2), Tile(128, 128, 128, 8, 3, pieces=4, blocks=2)),
+    (90, "fp8", "promote128"): (Tile(128, 128, 128, 8, 4, pieces=2),),
+    (100, "bf16", "f32"): (Tile(128, 256, 64, 8, 4, pieces=2), Tile(128, 128, 64, 8, 4)),
+    (100, "fp8", "f32"): (Tile(128, 256, 128, 8, 4, pieces=2), Tile(128, 128, 128, 8, 4)),
+    (100, "fp8", "promote128"): (Tile(128, 128, 128, 8, 4, pieces=2),),
+    (100, "nvfp4", "f32"): (Tile(128, 128, 256, 8, 3, pieces=2, blocks=2),),
+    # Consumer Blackwell: 99 KiB of shared memory, sums in registers.
+    (120, "bf16", "f32"): (Tile(128, 128, 32, 4, 4, pieces=2, blocks=2),),
+    (120, "fp8", "f32"): (Tile(128, 128, 64, 4, 4, pieces=4, blocks=2),),
+    (120, "fp8", "promote128"): (Tile(128, 128, 128, 8, 3),),
+    (120, "nvfp4", "f32"): (Tile(128, 128, 256, 8, 3, pieces=2),),
 }
 
 

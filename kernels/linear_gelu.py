@@ -31,7 +31,26 @@ from fluxkiln.kernels.tiles import Problem, Tile
 OP = "linear_gelu"
 
 TILES: tiles.Table = {
+    # Ada: two blocks of 4 warps hide each other's epilogue; 8 warps where sums in registers need more of them.
+    (89, "bf16", "f32"): (Tile(128, 128, 32, 4, 4, pieces=2, blocks=2),),
+    (89, "fp8", "f32"): (Tile(128, 128, 64, 4, 4, pieces=4, blocks=2),),
+    (89, "fp8", "promote128"): (Tile(128, 128, 128, 8, 3, pieces=2),),
+    (89, "fp8", "f16"): (Tile(128, 128, 128, 8, 3),),
+    # Hopper: 128 x 256 reads three quarters of the operand bytes of 128 x 128, which leaves less of a last wave idle
+    # and hides its epilogue behind a second block. Promotion keeps a second set of sums: not at 128 x 256.
+    (90, "bf16", "f32"): (Tile(128, 256, 64, 8, 4, pieces=2), Tile(128, 128, 64, 8, 3, pieces=4, blocks=2)),
     (90, "fp8", "f32"): (Tile(128, 256, 128, 8, 4, pieces=2), Tile(128, 128, 128, 8, 3, pieces=4, blocks=2)),
+    (90, "fp8", "promote128"): (Tile(128, 128, 128, 8, 4),),
+    # Blackwell: the sums are in tensor memory, so that warps of their own can feed the products.
+    (100, "bf16", "f32"): (Tile(128, 256, 64, 8, 3, pieces=2, specialize=True),),
+    (100, "fp8", "f32"): (Tile(128, 256, 128, 8, 3, pieces=2, specialize=True),),
+    (100, "fp8", "promote128"): (Tile(128, 128, 128, 8, 4, pieces=2),),
+    (100, "nvfp4", "f32"): (Tile(128, 128, 256, 8, 3),),
+    # Consumer Blackwell: 99 KiB of shared memory, sums in registers.
+    (120, "bf16", "f32"): (Tile(128, 128, 32, 4, 4, pieces=2, blocks=2),),
+    (120, "fp8", "f32"): (Tile(128, 128, 64, 8, 3, blocks=2),),
+    (120, "fp8", "promote128"): (Tile(128, 128, 128, 8, 3),),
+    (120, "nvfp4", "f32"): (Tile(128, 128, 256, 8, 3, pieces=2),),
 }
 
 

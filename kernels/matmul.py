@@ -157,6 +157,8 @@ def refuse(xs: Sequence[Activation], layer: Packed, arch: int) -> str | None:
         return f"the kernels compute in bf16 or fp16, the model's dtype is {layer.dtype}"
     if format == "nvfp4" and arch < 100:
         return f"NVFP4 needs the block-scaled tensor cores of sm_100 or sm_120, this is sm_{arch}"
+    if layer.accumulate == "f16" and arch != 89:
+        return f"fp16 sums are for sm_89: sm_{arch} multiplies FP8 as fast with fp32 sums"
     if layer.accumulate != "f32" and format != "fp8":
         return f"accumulation {layer.accumulate!r} is for FP8, the layer is {format}"
     if layer.n % 16:
@@ -420,7 +422,10 @@ def _product(
             # Scales of 2**(127 - 127): sm_120 multiplies FP8 at full rate only through the block-scaled instruction.
             x_unit = tl.full((BLOCK_M, BLOCK_K // 32), 127, tl.uint8)
             w_unit = tl.full((BLOCK_N, BLOCK_K // 32), 127, tl.uint8)
-            acc = tl.dot_scaled(x_k, x_unit, "e4m3", w_k, w_unit, "e4m3", acc)
+            if ACCUMULATE == "promote128":
+                acc += tl.dot_scaled(x_k, x_unit, "e4m3", w_k, w_unit, "e4m3")
+            else:
+                acc = tl.dot_scaled(x_k, x_unit, "e4m3", w_k, w_unit, "e4m3", acc)
         elif ACCUMULATE == "promote128":
             # Without the limit the compiler folds the addition back into the tensor core.
             acc += tl.dot(x_k, w_k, max_num_imprecise_acc=BLOCK_K)

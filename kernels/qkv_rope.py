@@ -122,7 +122,22 @@ HEAD_DIMS = (64, 128)
 
 # 128 rows always: they share a scale of v.
 TILES: tiles.Table = {
-    (90, "fp8", "f32"): (Tile(128, 256, 128, 8, 4, pieces=2), Tile(128, 128, 128, 8, 3, blocks=1)),
+    (89, "bf16", "f32"): (Tile(128, 128, 64, 8, 3),),
+    (89, "fp8", "f32"): (Tile(128, 128, 128, 8, 3),),
+    (89, "fp8", "promote128"): (Tile(128, 128, 128, 8, 3),),
+    (89, "fp8", "f16"): (Tile(128, 128, 128, 8, 3),),
+    # Hopper: 128 x 256 reads three quarters of the operand bytes of 128 x 128; a piece is a head.
+    (90, "bf16", "f32"): (Tile(128, 256, 64, 8, 4, pieces=2), Tile(128, 128, 64, 8, 3, blocks=2)),
+    (90, "fp8", "f32"): (Tile(128, 256, 128, 8, 4, pieces=2), Tile(128, 128, 128, 8, 4)),
+    (90, "fp8", "promote128"): (Tile(128, 128, 128, 8, 4),),
+    (100, "bf16", "f32"): (Tile(128, 256, 64, 8, 4, pieces=2), Tile(128, 128, 64, 8, 4)),
+    (100, "fp8", "f32"): (Tile(128, 128, 128, 8, 4),),
+    (100, "fp8", "promote128"): (Tile(128, 128, 128, 8, 4),),
+    (100, "nvfp4", "f32"): (Tile(128, 128, 256, 8, 3),),
+    (120, "bf16", "f32"): (Tile(128, 128, 64, 8, 3),),
+    (120, "fp8", "f32"): (Tile(128, 128, 128, 8, 3),),
+    (120, "fp8", "promote128"): (Tile(128, 128, 128, 8, 3),),
+    (120, "nvfp4", "f32"): (Tile(128, 128, 256, 8, 3),),
 }
 
 
@@ -338,6 +353,7 @@ def configurations(arch: int) -> Iterator[Configuration]:
 # --- cost -------------------------------------------------------------------------------------
 
 
-def cost(x: Activation, projection: PackedProjection, rope: Tensor, q: Any, k: Any, v: Any) -> tuple[int, int]:
+def cost(x: Activation, projection: PackedProjection, rope: Tensor, q: Any, k: Any, v: Values) -> tuple[int, int]:
     """(flops, bytes) of one call."""
-    return matmul.cost((x,), projection.layer, rope.nbytes)
+    written = sum((y if isinstance(y, Tensor) else y.data).nbytes for y in (q, k, v)) + v.scale.nbytes
+    return matmul.cost((x,), projection.layer, rope.nbytes + written)

@@ -92,9 +92,12 @@ def count(tile: Tile, problem: Problem) -> int:
 
 
 def fullness(tile: Tile, problem: Problem) -> float:
-    """Useful share of what the GPU could compute while its last wave of tiles runs."""
-    slots = MULTIPROCESSORS[problem.arch] * tile.blocks
-    computed = math.ceil(count(tile, problem) / slots) * slots * tile.m * tile.n
+    """Useful share of what the multiprocessors could compute while the busiest of them has tiles.
+
+    Blocks that share a multiprocessor share its tensor cores: only tiles for each multiprocessor count.
+    """
+    multiprocessors = MULTIPROCESSORS[problem.arch]
+    computed = math.ceil(count(tile, problem) / multiprocessors) * multiprocessors * tile.m * tile.n
     return sum(problem.rows) * problem.parts * problem.n / computed
 
 
