@@ -15,7 +15,8 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -27,7 +28,12 @@ from torch import Tensor
 
 from fluxkiln import workload
 from fluxkiln.config import CONTROL, DEV, FILL, SCHNELL, FluxConfig, scaled_axes
+from fluxkiln.kernels.layers import Linear
+from fluxkiln.kernels.recipe import RECIPES, Recipe, quantize
+from fluxkiln.load import default_device
+from fluxkiln.measurements import TIMED, keep, local_folder
 from fluxkiln.record import versions
+from fluxkiln.select import choose
 from fluxkiln.transformer import Transformer
 from fluxkiln.workload import Tokens
 
@@ -52,17 +58,52 @@ class Spec:
     device: str
 
 
-def random_tensors(config: FluxConfig, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Weights of a network that passes signals on: unit gain in matrices, norms near 1, open gates."""
-    generator = torch.Generator(device).manual_seed(0)
+class RandomWeights(Mapping[str, Tensor]):
+    """Weights of a network that passes signals on: unit gain in matrices, norms near 1, open gates.
 
-    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
-        x = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+    Each is drawn, always the same, when it is asked for and not kept.
+    """
+
+    def __init__(self, config: FluxConfig, dtype: torch.dtype, device: str) -> None:
+        self._shapes, self._options = config.tensor_shapes(), {"dtype": dtype, "device": device}
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape, device = self._shapes[name], self._options["device"]
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+        x = torch.empty(shape, **self._options).normal_(generator=generator)
         if len(shape) == 2:
             return x.div_(math.sqrt(shape[1]))
         return x.mul_(0.1).add_(1.0 if name.endswith(".scale") else 0.1)
 
-    return {name: draw(name, shape) for name, shape in config.tensor_shapes().items()}
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+class ByRecipe(Mapping[str, Any]):
+    """Weights as `Transformer` takes them: tensors, and the `Linear` of each layer that the recipe quantises."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], recipe: Recipe) -> None:
+        self._tensors, self._recipe = tensors, recipe
+        layers = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+        self._quantised = {name for name in layers if recipe.rule(name).format != "dense"}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._quantised:
+            return self._tensors[name]
+        linear = Linear(self._tensors[f"{name}.weight"], self._tensors[f"{name}.bias"], name=name)
+        return quantize(linear, self._recipe.rule(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._quantised or name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._tensors, *self._quantised))
+
+    def __len__(self) -> int:
+        return len(self._tensors) + len(self._quantised)
 
 
 def random_inputs(spec: Spec) -> dict[str, Tensor | None]:
@@ -112,15 +153,17 @@ def fluxkiln_step(spec: Spec, tensors: Mapping[str, Tensor]) -> Contestant:
 def diffusers_call(spec: Spec, tensors: Mapping[str, Tensor]) -> Contestant:
     from fluxkiln.bench import peers
 
-    model, x = peers.diffusers_transformer(spec.config, tensors), random_inputs(spec)
+    model, x = peers.diffusers_transformer(spec.config, dict(tensors)), random_inputs(spec)
     return lambda: peers.diffusers_velocity(model, x)
 
 
-CONTESTANTS = {"fluxkiln": fluxkiln_call, "fluxkiln step": fluxkiln_step, "diffusers": diffusers_call}
+CONTESTANTS = {"fluxkiln": fluxkiln_call, TIMED: fluxkiln_step, "diffusers": diffusers_call}
 
 
 def _transformer(spec: Spec, tensors: Mapping[str, Tensor]) -> Transformer:
-    return Transformer(spec.config, tensors)
+    recipe, device = RECIPES[spec.precision], torch.device(spec.device)
+    choice = choose(spec.backend, spec.config, recipe, device, DTYPES[spec.dtype])
+    return Transformer(spec.config, ByRecipe(tensors, recipe), choice.ops)
 
 
 # --- time ----------------------------------------------------------------------------------------
@@ -174,9 +217,10 @@ def _memory_here(spec: Spec, name: str, threads: int) -> dict[str, int]:
 
     with torch.inference_mode():
         small = dataclasses.replace(spec, config=TINY, tokens=Tokens(8, 16))
-        CONTESTANTS[name](small, random_tensors(TINY, DTYPES[spec.dtype], spec.device))()  # what loads once, loads here
+        dtype = DTYPES[spec.dtype]
+        CONTESTANTS[name](small, RandomWeights(TINY, dtype, spec.device))()  # what loads once, loads here
         before = _memory_now(spec.device)
-        run = CONTESTANTS[name](spec, random_tensors(spec.config, DTYPES[spec.dtype], spec.device))
+        run = CONTESTANTS[name](spec, RandomWeights(spec.config, dtype, spec.device))
         weights = _memory_now(spec.device)
         _reset_peak(spec.device)
         run()
@@ -214,13 +258,16 @@ def _status(field: str) -> int:
 # --- result --------------------------------------------------------------------------------------
 
 
-def measure(spec: Spec, peer: str | None = None, rounds: int = 7) -> dict[str, Any]:
+def measure(
+    spec: Spec, peer: str | None = None, rounds: int = 7, say: Callable[[str], object] = lambda what: None
+) -> dict[str, Any]:
     """Measure one configuration.
 
     Args:
         spec: what to run.
         peer: `diffusers` or None.
         rounds: timed runs of each contestant.
+        say: told what begins.
 
     Returns:
         plain data: the configuration, FLOPs, and for each contestant seconds and bytes; ratios are fluxkiln's over
@@ -229,7 +276,8 @@ def measure(spec: Spec, peer: str | None = None, rounds: int = 7) -> dict[str, A
     Raises:
         RuntimeError: the peer computes something else, so that a comparison would mean nothing.
     """
-    names = ["fluxkiln", "fluxkiln step", *([peer] if peer else [])]
+    names = ["fluxkiln", TIMED, *([peer] if peer else [])]
+    say(f"memory: {', '.join(names)}, each in a process of its own")
     result: dict[str, Any] = {
         "benchmark": "step",
         **dataclasses.asdict(spec),
@@ -239,7 +287,8 @@ def measure(spec: Spec, peer: str | None = None, rounds: int = 7) -> dict[str, A
         "contestants": {name: {"memory": memory(spec, name)} for name in names},
     }
     with torch.inference_mode():
-        tensors = random_tensors(spec.config, DTYPES[spec.dtype], spec.device)
+        tensors: Mapping[str, Tensor] = RandomWeights(spec.config, DTYPES[spec.dtype], spec.device)
+        tensors = dict(tensors) if peer else tensors  # shared by both, so that a peer costs no second memory
         contestants = {name: CONTESTANTS[name](spec, tensors) for name in names}
         if peer:
             difference = agreement(contestants["fluxkiln"](), contestants[peer]())
@@ -249,6 +298,7 @@ def measure(spec: Spec, peer: str | None = None, rounds: int = 7) -> dict[str, A
                     f"at most {AGREEMENT[spec.precision]:.0e} is the same in {spec.precision}"
                 )
             result["agreement"] = difference
+        say(f"time: {rounds} rounds of {', '.join(names)}")
         seconds = take_turns(contestants, rounds, spec.device)
     for name, values in seconds.items():
         result["contestants"][name] |= {"seconds": statistics.median(values), "runs": values}
@@ -305,17 +355,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, metavar="N")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--precision", choices=AGREEMENT, help="of the blocks' linears (default: the dtype)")
-    parser.add_argument("--backend", choices=("eager", "triton", "trt"), default="eager")
+    parser.add_argument("--backend", default="auto", help="auto, eager or triton (default auto)")
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--peer", choices=("diffusers",), help="measure this beside it, on the same weights")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed runs of each (default 7)")
+    parser.add_argument(
+        "--results", type=Path, default=local_folder(), metavar="FOLDER", help="where the result is kept"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     spec = spec_of(args)
-    print(f"measuring {args.config} on {spec.device}", file=sys.stderr)
-    result = measure(spec, args.peer, args.rounds)
+    result = measure(spec, args.peer, args.rounds, lambda what: print(what, file=sys.stderr))
+    print(f"kept in {keep(result, args.results)}", file=sys.stderr)
     print(json.dumps(result, indent=2) if args.json else to_text(result))
     return 0
 
@@ -343,8 +396,11 @@ def spec_of(args: argparse.Namespace) -> Spec:
     tokens = Tokens.of_size(*_pixels(args.size), args.text, references, args.batch)
     if args.tokens is not None:
         tokens = dataclasses.replace(tokens, image=args.tokens)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Spec(config, tokens, args.dtype, args.precision or args.dtype, args.backend, device)
+    device, precision = default_device(args.device), args.precision or args.dtype
+    if args.dtype == "fp32" and precision == "bf16":
+        raise ValueError("precision bf16 is a dtype as well: give --dtype bf16")
+    choice = choose(args.backend, config, RECIPES[precision], device, DTYPES[args.dtype])
+    return Spec(config, tokens, args.dtype, precision, choice.backend, str(device))
 
 
 def _pixels(text: str) -> tuple[int, int]:

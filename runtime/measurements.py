@@ -1,0 +1,124 @@
+"""Denoise steps that `fluxkiln bench step` timed, here or for the release, and what they say about backends.
+
+A measurement counts for a choice if it was made on the same device with the same sizes of the model, precision and
+dtype. Two backends are compared at the token counts at which both were timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fluxkiln.config import FluxConfig
+
+MARGIN = 0.05  # of the slower one's time: closer calls fall to the fixed order
+TIMED = "fluxkiln step"  # the contestant of `bench step` that counts: what a pipeline repeats
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds of one step.
+
+    Attributes:
+        backend: what ran.
+        device: name of the GPU or CPU, as in the versions of a record.
+        model: sizes, precision and dtype, as text that is equal where they are.
+        tokens: text, image and reference tokens and batch, as text.
+        seconds: median.
+    """
+
+    backend: str
+    device: str
+    model: str
+    tokens: str
+    seconds: float
+
+
+def local_folder() -> Path:
+    """Where this user's measurements are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fluxkiln" / "steps"
+
+
+def read(folders: Iterable[Path] | None = None) -> Iterator[Measurement]:
+    """Measurements in files `step-*.json`; by default the release's, then this user's, so that a later one wins."""
+    for folder in (Path(str(files("fluxkiln.bench"))) / "results", local_folder()) if folders is None else folders:
+        for file in sorted(folder.glob("step-*.json")):
+            try:
+                yield of_result(json.loads(file.read_text("utf-8")))
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # half a file, or one of another version: as if it were not there
+
+
+def of_result(result: Mapping[str, Any]) -> Measurement:
+    """The measurement in a result of `fluxkiln.bench.step.measure`."""
+    return Measurement(
+        backend=result["backend"],
+        device=device_name(result["versions"]),
+        model=_text([result["config"], result["precision"], result["dtype"]]),
+        tokens=_text(result["tokens"]),
+        seconds=float(result["contestants"][TIMED]["seconds"]),
+    )
+
+
+def keep(result: Mapping[str, Any], folder: Path) -> Path:
+    """Write a result under a name of its own; the same measurement made again replaces it."""
+    measurement = of_result(result)
+    config, tokens = result["config"], result["tokens"]
+    parts = [
+        measurement.device.split(" (")[0],
+        measurement.backend,
+        result["precision"],
+        result["dtype"],
+        f"{config['hidden_size']}x{config['depth']}+{config['depth_single_blocks']}",
+        f"{tokens['text']}+{tokens['image']}+{tokens['reference']}x{tokens['batch']}",
+    ]
+    name = "-".join("".join(c if c.isalnum() or c in "+." else "_" for c in part) for part in parts)
+    path = folder / f"step-{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    temporary.replace(path)
+    return path
+
+
+def choose(
+    backends: Sequence[str], config: FluxConfig, precision: str, dtype: str, device: str, known: Iterable[Measurement]
+) -> tuple[str, str]:
+    """The fastest of `backends`, which stand in the order that decides where measurements do not.
+
+    Returns:
+        its name, and a sentence that says why.
+    """
+    model = _text([asdict(config), precision, dtype])
+    times: dict[str, dict[str, float]] = {}
+    for m in known:
+        if (m.device, m.model) == (device, model):
+            times.setdefault(m.backend, {})[m.tokens] = m.seconds
+
+    def ratio(one: str, other: str) -> float | None:
+        common = times.get(one, {}).keys() & times.get(other, {}).keys()
+        return statistics.median(times[one][at] / times[other][at] for at in sorted(common)) if common else None
+
+    best = backends[0]
+    for other in backends[1:]:
+        if (r := ratio(other, best)) is not None and r < 1 - MARGIN:
+            best = other
+    compared = {other: r for other in backends if other != best and (r := ratio(best, other)) is not None}
+    if not compared:
+        return best, "first in the fixed order, as none was timed beside it"
+    shares = ", ".join(f"{r:.2f} of {other}'s" for other, r in compared.items())
+    return best, f"its step was timed on {device} at {shares}"
+
+
+def device_name(versions: Mapping[str, str]) -> str:
+    return versions.get("gpu") or versions["cpu"]
+
+
+def _text(data: Any) -> str:
+    return json.dumps(data, sort_keys=True)
