@@ -14,7 +14,7 @@ from fluxkiln.names import SWAPPED, to_diffusers
 
 def diffusers_state(config: FluxConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Native tensors under diffusers' names: views, but for the final modulation, whose halves change places."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name in SWAPPED:
             tensor = torch.cat(tuple(reversed(tensor.chunk(2))))

@@ -65,12 +65,11 @@ class RandomWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, config: FluxConfig, dtype: torch.dtype, device: str) -> None:
-        self._shapes, self._options = config.tensor_shapes(), {"dtype": dtype, "device": device}
+        self._shapes, self._dtype, self._device = config.tensor_shapes(), dtype, device
 
     def __getitem__(self, name: str) -> Tensor:
-        shape, device = self._shapes[name], self._options["device"]
-        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-        x = torch.empty(shape, **self._options).normal_(generator=generator)
+        shape, generator = self._shapes[name], torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
+        x = torch.empty(shape, dtype=self._dtype, device=self._device).normal_(generator=generator)
         if len(shape) == 2:
             return x.div_(math.sqrt(shape[1]))
         return x.mul_(0.1).add_(1.0 if name.endswith(".scale") else 0.1)

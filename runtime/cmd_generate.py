@@ -12,9 +12,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fluxkiln.batch import Job, Results, read_jobs
+from fluxkiln.cli import sentence
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -132,13 +133,13 @@ def run(args: argparse.Namespace) -> int:
             if results is None:
                 raise
             failed += 1
-            _say(f"{job.name}: {error}")
-            results.add(job, error=str(error))
+            _say(f"{job.name}: {sentence(error)}")
+            results.add(job, error=sentence(error))
             continue
         record = output.record.image(0)
         path = metadata.expand(template, record, job.index)
         if not args.dry_run:
-            path = metadata.save(output.images[0], path, None if args.no_metadata else record, args.overwrite)
+            path = metadata.save(_image(output, 0), path, None if args.no_metadata else record, args.overwrite)
             if results is not None:
                 results.add(job, path=path, seed=record.seed)
         done.append(_report(args, output, record, path))
@@ -156,7 +157,8 @@ def repeat(args: argparse.Namespace) -> int:
     _only_repeat(args)
     record = metadata.read(args.repeat)
     arguments = record.request.arguments() | _recorded_pictures(args, record)
-    template = args.output or f"{args.repeat.stem}-repeated{args.repeat.suffix}"
+    name = f"{args.repeat.stem}-repeated{args.repeat.suffix}"
+    template = args.output or name.replace("{", "{{").replace("}", "}}")
     metadata.check_template(template)
     _writable_folder(template)
     pipe = open_pipeline(args, record)
@@ -170,7 +172,7 @@ def repeat(args: argparse.Namespace) -> int:
     path = metadata.expand(template, record, 0)
     same = None
     if not args.dry_run:
-        made = output.images[index]
+        made = _image(output, index)
         path = metadata.save(made, path, None if args.no_metadata else output.record.image(index), args.overwrite)
         same = _compare(args.repeat, made)
     report = _report(args, output, output.record.image(index), path)
@@ -331,6 +333,10 @@ def _report(args: argparse.Namespace, output: Output, record: Record, path: Path
         "cached": output.cached,
         "record": json.loads(record.to_json()),
     }
+
+
+def _image(output: Output, index: int) -> Image.Image:
+    return cast("list[Image.Image]", output.images)[index]
 
 
 def _compare(path: Path, made: Image.Image) -> bool | None:

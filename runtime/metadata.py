@@ -31,6 +31,11 @@ from fluxkiln.record import Record
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 FIELDS = ("date", "height", "index", "model", "prompt", "seed", "steps", "time", "width")
 
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "PNG": {},
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"lossless": True, "exact": True},
+}
 _SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _EXIF_IFD, _USER_COMMENT, _SOFTWARE = 0x8769, 0x9286, 0x0131
 _UNICODE = b"UNICODE\0"  # EXIF's name for UTF-16
@@ -77,11 +82,7 @@ def save(image: Image.Image, path: str | Path, record: Record | None = None, ove
 
 def encode(image: Image.Image, format: str, record: Record | None = None) -> bytes:
     """An image file as bytes; `format` is PNG, JPEG or WEBP. See `save`."""
-    options: dict[str, Any] = {
-        "PNG": {},
-        "JPEG": {"quality": 95, "subsampling": 0},
-        "WEBP": {"lossless": True, "exact": True},
-    }[format]
+    options = dict(_OPTIONS[format])
     if record is not None:
         record = dataclasses.replace(record, timings=None, peak_memory=None)
         parameters, source, xmp = parameters_text(record), record.to_json(), _xmp_packet(record)

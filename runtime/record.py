@@ -401,7 +401,7 @@ def _decode(kind: Any, data: Any) -> Any:
         hints = typing.get_type_hints(kind)
         if unknown := sorted(data.keys() - hints.keys()):
             raise TypeError(f"{kind} has no field {unknown[0]!r}")
-        return kind(**{name: _decode(hints[name], value) for name, value in data.items()})
+        return typing.cast(Any, kind)(**{name: _decode(hints[name], value) for name, value in data.items()})
     if kind is Any or type(data) is kind or (kind is float and type(data) is int):
         return data
     raise TypeError(f"expected {kind}, got {data!r}")

@@ -11,7 +11,7 @@ from fluxkiln.record import DETERMINISM, Record
 def to_text(record: Record) -> str:
     """One line for each thing a person asks; the JSON form has everything."""
     request = record.request
-    lines = [("mode", request.mode)]
+    lines: list[tuple[str, str]] = [("mode", request.mode)]
     at = range(len(request.prompts)) if record.index is None else [record.index]
     for i in at:
         lines.append(("prompt", f"{request.prompts[i]!r}, seed {request.seeds[i]}"))
