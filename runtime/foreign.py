@@ -100,12 +100,12 @@ class Kind:
 def identify(names: Iterable[str], metadata: Mapping[str, str]) -> Kind:
     """Tell from tensor names and header metadata what a safetensors file (or a set of shards) is."""
     names = list(names)
+    if adapter := _first(_ADAPTERS, names):
+        return Kind(*adapter, advice=_BASE)
     parts = _parts(names)
     quantised = _first(_QUANTISED, names)
     if not quantised and "svdq" in metadata.get("quantization_config", "").lower():
         quantised = ("svdquant", "a nunchaku SVDQuant model")
-    if not quantised and (adapter := _first(_ADAPTERS, names)):
-        return Kind(*adapter, advice=_BASE)
     for found, advice in ((quantised, _FULL), (_first(_ARCHITECTURES, names), _FLUX1)):
         if found:
             parts.pop("transformer", None)
