@@ -122,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
         _say(f"{sum(job in results for job in jobs)} of {len(jobs)} images are in {results.path} already")
         jobs = [job for job in jobs if job not in results]
     pipe = open_pipeline(args)
+    _say_choice(pipe)
     cache = _cache(args)
 
     done: list[dict[str, Any]] = []
@@ -162,6 +163,7 @@ def repeat(args: argparse.Namespace) -> int:
     metadata.check_template(template)
     _writable_folder(template)
     pipe = open_pipeline(args, record)
+    _say_choice(pipe)
     now = pipe(**arguments, dry_run=True).record
     differences = record.differences(now)
     for difference in differences:
@@ -333,6 +335,14 @@ def _report(args: argparse.Namespace, output: Output, record: Record, path: Path
         "cached": output.cached,
         "record": json.loads(record.to_json()),
     }
+
+
+def _say_choice(pipe: Pipeline) -> None:
+    """What will run, and why nothing else."""
+    _say(pipe.summary())
+    if pipe.transformer.loaded:
+        for backend, reason in pipe.transformer.loaded.choice.reasons.items():
+            _say(f"not {backend}: {reason}")
 
 
 def _image(output: Output, index: int) -> Image.Image:
