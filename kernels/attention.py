@@ -382,7 +382,7 @@ def _largest(ptr, count):
     return tl.max(largest, axis=0)
 
 
-@jit(do_not_specialize=["L", "split", "q_split", "blocks"])
+@jit(do_not_specialize=["L", "split", "q_split", "blocks"], repr=lambda _: "attention")
 def _attention_kernel(
     q, k, v,                                   # pointers, or descriptors of the blocks that `_tokens` loads
     norm_ptr, rope_ptr,                        # of a Query, or None

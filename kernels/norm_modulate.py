@@ -100,7 +100,7 @@ def reference(x: Tensor, shift: Tensor, scale: Tensor, split: int, out: Quant | 
 # --- kernel -----------------------------------------------------------------------------------
 
 
-@jit(do_not_specialize=["L", "split"])
+@jit(do_not_specialize=["L", "split"], repr=lambda _: "norm_modulate")
 def _norm_modulate_kernel(
     x_ptr, shift_ptr, scale_ptr,
     stride_xb, stride_xl,      # x      [B, L, D]

@@ -152,7 +152,7 @@ def store_rows(
             tl.store(block_scale_ptr + rows[:, None] * (K // 16) + offs_block[None, :], block_scale, mask=mask_block)
 
 
-@jit
+@jit(repr=lambda _: "quantize")
 def _quantize_kernel(
     x_ptr, stride_xb, stride_xl,            # x  [B, L, K], K contiguous
     data_ptr, scale_ptr, block_scale_ptr, row_norm_ptr, dense_ptr, static_ptr,

@@ -1,0 +1,607 @@
+"""`make gpu`: what only a GPU can prove, then what only a GPU can time, in two halves that each fit nine minutes.
+
+    python -m fluxkiln.bench.gpu --half kernels     every operation against float64 on the chip; batches, repetition and
+                                                    CUDA graphs to equal bytes; what ran against what was planned; then
+                                                    `bench kernels`
+    python -m fluxkiln.bench.gpu --half step        one denoise step of the whole model with random weights: Triton,
+                                                    eager, compiled, the library's FP8, diffusers
+
+Every row is written as JSON as soon as it is known. A half that runs out of time says so with exit code 3 and goes on
+where it stopped when it is called again. Needs torch and triton only, no network and no installed diffusers;
+`--tiny` rehearses all of it on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxkiln import verify, workload
+from fluxkiln.bench import kernels as bench_kernels
+from fluxkiln.bench.cases import SIZES, everything
+from fluxkiln.bench.kernels import TINY_SIZES, LibraryLinear, Results, identity, line, slug
+from fluxkiln.bench.measure import captured
+from fluxkiln.bench.step import TINY
+from fluxkiln.config import DEV, FluxConfig
+from fluxkiln.kernels import EAGER, Ops, eager_ops, recipe, registry
+from fluxkiln.kernels.attention import Values
+from fluxkiln.kernels.formats import Fp8, Nvfp4, Quant
+from fluxkiln.kernels.language import Launch
+from fluxkiln.kernels.layers import Linear
+from fluxkiln.kernels.recipe import RECIPES, Recipe
+from fluxkiln.transformer import Transformer
+from fluxkiln.workload import Tokens
+
+OUT_OF_TIME = 3  # exit code: call again
+STEPS = 12  # timed steps of a contestant
+
+
+# --- models -----------------------------------------------------------------------------------
+
+
+class RandomLayers(Mapping[str, Any]):
+    """Weights of unit gain for a model, drawn when asked for and not kept; quantised layers come whole.
+
+    Args:
+        config: the model.
+        chosen: which layers are quantised.
+        device: where.
+        library: let the quantised layers call `torch._scaled_mm` with inputs that they quantise themselves.
+    """
+
+    def __init__(self, config: FluxConfig, chosen: Recipe, device: torch.device, library: bool = False) -> None:
+        self.shapes, self.recipe, self.device, self.library = config.tensor_shapes(), chosen, device, library
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes or (f"{name}.weight" in self.shapes and self._rule(str(name)).format != "dense")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.shapes:
+            dense = Linear(self[f"{name}.weight"], self[f"{name}.bias"], name=name)
+            linear = recipe.quantize(dense, self._rule(name))
+            return LibraryLinear(linear.weight, linear.bias, name=name) if self.library else linear
+        shape = self.shapes[name]
+        g = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
+        x = torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(generator=g)
+        if len(shape) == 2:
+            return x.mul_(shape[1] ** -0.5)
+        return x.mul_(0.1).add_(1.0 if name.endswith(".scale") else 0.1)
+
+    def _rule(self, layer: str) -> recipe.Rule:
+        return self.recipe.rule(layer)
+
+
+def inputs(config: FluxConfig, tokens: Tokens, model: Transformer) -> dict[str, Tensor]:
+    """Arguments of `step`, as a schedule would have computed them."""
+    g = torch.Generator(model.device).manual_seed(2)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=model.dtype, device=model.device).normal_(generator=g)
+
+    batch, image = tokens.batch, tokens.image + tokens.reference
+    side = max(1, int(image**0.5))
+    at = torch.arange(image)
+    ids = torch.stack((torch.zeros(image), at // side, at % side), dim=1).to(model.device)
+    return {
+        "img": normal(batch, image, config.in_channels),
+        "txt": normal(batch, tokens.text, config.context_in_dim),
+        "mods": normal(batch, 12 * config.depth + 3 * config.depth_single_blocks + 2, config.hidden_size).mul_(0.3),
+        "rope": model.rope(torch.zeros(tokens.text, 3, device=model.device), ids),
+    }
+
+
+def with_attention(precision: str, attention: str) -> Recipe:
+    return dataclasses.replace(RECIPES[precision], attention=attention)  # type: ignore[arg-type]
+
+
+# --- first half: proofs -----------------------------------------------------------------------
+
+
+def proofs(device: torch.device, tiny: bool) -> Iterator[tuple[str, Callable[[], str]]]:
+    """(name, proof): a proof returns what it found, or raises."""
+    yield "a first kernel runs", lambda: _first_kernel(device)
+    arch = bench_kernels.native_arch(device)
+    for op, format, args in verify.cases(verify.SMALL if tiny else verify.FLUX, device):
+        if registry.refuse_format(format, arch) is None:
+            yield f"{op} {format}: error against float64", lambda o=op, a=args: _parity(o, a)
+            yield f"{op} {format}: an image of a batch is what it is alone", lambda o=op, a=args: _alone(o, a)
+    config = TINY if tiny else dataclasses.replace(DEV, depth=1, depth_single_blocks=1)
+    for precision, attention in (("bf16", "bf16"), ("fp8", "bf16"), ("fp8", "fp8"), ("nvfp4", "bf16")):
+        if registry.refuse_format(precision, arch):
+            continue
+        for tokens in (Tokens(24, 40, batch=2),) if tiny else (Tokens(512, 1024, batch=2), Tokens(77, 1000, batch=2)):
+            name = f"step {precision}, attention {attention}, {tokens.text} + {tokens.image} tokens"
+            step = _Step(config, with_attention(precision, attention), tokens, device)
+            yield f"{name}: against eager", step.against_eager
+            yield f"{name}: the same bytes again, and for each image alone", step.repeats
+            yield f"{name}: a CUDA graph gives the same bytes", step.graph
+            yield f"{name}: what ran is what was planned", step.names
+
+
+def _first_kernel(device: torch.device) -> str:
+    if reason := registry.unavailable(device):
+        raise RuntimeError(reason)
+    return "yes"
+
+
+def _parity(op: str, args: tuple[Any, ...]) -> str:
+    reference = registry.OPS[op].reference
+    exact = [None if isinstance(x, Quant) and op != "quantize" else verify.exact(x) for x in args]
+    truth = [exact[0]] if op == "quantize" else verify.values(reference(*exact))
+    eagers = verify.error(verify.values(reference(*args)), truth)
+    got = verify.values(registry.run(op, *args, backend="triton"), half_layout=op == "qkv_rope")
+    mine = verify.error(got, truth)
+    if not mine <= verify.SLACK * eagers + verify.NOISE:
+        raise AssertionError(f"error {mine:.2e}, eager's own is {eagers:.2e}")
+    return f"error {mine:.2e}, eager's own {eagers:.2e}"
+
+
+def _alone(op: str, args: tuple[Any, ...]) -> str:
+    together = verify.values(registry.run(op, *args, backend="triton"))
+    for i in range(2):
+        alone = verify.values(registry.run(op, *(_image(x, i) for x in args), backend="triton"))
+        for a, b in zip(alone, together, strict=True):
+            if not torch.equal(a[0], b[i]):
+                raise AssertionError(f"image {i} differs in {(a[0] != b[i]).sum().item()} of {a.numel()} values")
+    return "yes, bit for bit"
+
+
+def _image(x: Any, i: int) -> Any:
+    """Image i of an argument of two images."""
+    part = slice(i, i + 1)
+    if isinstance(x, Tensor):
+        return x[part] if x.ndim > 2 and len(x) == 2 else x
+    if isinstance(x, Values):
+        return dataclasses.replace(x, data=x.data[part], scale=x.scale[part])
+    if isinstance(x, Fp8 | Nvfp4):
+        return x[part]
+    return tuple(_image(each, i) for each in x) if type(x) is tuple else x
+
+
+class _Step:
+    """Proofs about a step of a small model of FLUX.1's width."""
+
+    def __init__(self, config: FluxConfig, chosen: Recipe, tokens: Tokens, device: torch.device) -> None:
+        self.config, self.recipe, self.tokens, self.device = config, chosen, tokens, device
+        self._model: Transformer | None = None
+
+    @property
+    def model(self) -> Transformer:
+        if self._model is None:
+            from fluxkiln.kernels.backend import triton_ops
+
+            layers = RandomLayers(self.config, self.recipe, self.device)
+            self._model = Transformer(self.config, layers, triton_ops(self.device, self.recipe.attention))
+        return self._model
+
+    def inputs(self) -> dict[str, Tensor]:
+        return inputs(self.config, self.tokens, self.model)
+
+    def against_eager(self) -> str:
+        layers = RandomLayers(self.config, self.recipe, self.device)
+        eager = Transformer(self.config, layers, eager_ops(self.recipe.attention)).step(**self.inputs())
+        got = self.model.step(**self.inputs())
+        difference = verify.error([got.double()], [eager.double()])
+        if not difference < 0.1:
+            raise AssertionError(f"differs from eager by {difference:.2e}")
+        return f"difference {difference:.2e}"
+
+    def repeats(self) -> str:
+        x = self.inputs()
+        first, again = self.model.step(**x), self.model.step(**x)
+        if not torch.equal(first, again):
+            raise AssertionError("the second run differs")
+        for i in range(self.tokens.batch):
+            alone = self.model.step(**{n: t[i : i + 1] if n != "rope" else t for n, t in x.items()})
+            if not torch.equal(alone[0], first[i]):
+                raise AssertionError(f"image {i} alone differs in {(alone[0] != first[i]).sum().item()} values")
+        return "yes, bit for bit"
+
+    def graph(self) -> str:
+        if self.device.type != "cuda":
+            return "not on a CPU"
+        from fluxkiln.kernels.backend import CapturedStep
+
+        x = self.inputs()
+        step = CapturedStep(self.model, **x)
+        other = x | {"img": x["img"].flip(0) * 0.5}
+        for given in (x, other, x):
+            if not torch.equal(step(**given), self.model.step(**given)):
+                raise AssertionError("a replay differs from the step")
+        return "yes, bit for bit"
+
+    def names(self) -> str:
+        x = self.inputs()
+        triton = self.model.ops.pack.__self__  # type: ignore[attr-defined]
+        with triton.collected() as launches:
+            self.model.step(**x)
+        planned = list(map(kernel_name, launches))
+        ops = Counter(call.op for call in workload.step(self.config, self.tokens))
+        for op, count in ops.items():
+            if op != "linear" and planned.count(op) < count:
+                raise AssertionError(f"{count} calls of {op} in the graph, {planned.count(op)} launches planned")
+        if self.device.type != "cuda":
+            return f"{len(planned)} launches planned, nothing to profile on a CPU"
+        ran = [name for name, _ in profiled(lambda: self.model.step(**x))]
+        ours = [name for name in ran if name in set(planned)]
+        if ours != planned:
+            raise AssertionError(f"planned {Counter(planned)}, ran {Counter(ours)}, or in another order")
+        rest = Counter(name for name in ran if name not in set(planned))
+        return f"{len(planned)} launches as planned; besides {dict(rest)}"
+
+
+def kernel_name(launch: Launch) -> str:
+    """The name under which a profiler shows it."""
+    epilogue = launch.options.get("EPILOGUE")
+    name = launch.kernel.fn.__name__ if epilogue is None else epilogue.__name__
+    return name.removesuffix("_kernel").strip("_")
+
+
+def profiled(run: Callable[[], Any]) -> list[tuple[str, float]]:
+    """(name, seconds) of everything that `run` does on the GPU, in order."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.start)
+    return [(event.name, 1e-6 * event.time_range.elapsed_us()) for event in events]
+
+
+def prove(device: torch.device, results: Results, tiny: bool, deadline: float) -> bool:
+    """Run the proofs that `results` lacks; True if none is left."""
+    for name, proof in proofs(device, tiny):
+        if results.has(kind="proof", name=name, passed=True):
+            continue
+        if time.monotonic() > deadline:
+            return False
+        start = time.perf_counter()
+        try:
+            row = {"passed": True, "found": proof()}
+        except Exception as failure:  # the other proofs and the timings are worth having all the same
+            row = {"passed": False, "found": f"{type(failure).__name__}: {failure}"[:2000]}
+            traceback.print_exc()
+        row = {"kind": "proof", "name": name, **row, "seconds": round(time.perf_counter() - start, 2)}
+        results.add(row)
+        print(f"{'ok  ' if row['passed'] else 'FAIL'} {name}: {row['found']} ({row['seconds']} s)", flush=True)
+    return True
+
+
+# --- second half: steps -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to compute a step.
+
+    Attributes:
+        who: `triton`, `eager`, `compiled` (every operation by torch.compile), `library` and `library compiled` (FP8 by
+            `torch._scaled_mm`), `diffusers`, `diffusers compiled` (its repeated blocks).
+        precision: of the block linears; attention: its format.
+        graph: replayed as a CUDA graph.
+    """
+
+    who: str
+    precision: str
+    attention: str = "bf16"
+    graph: bool = False
+    size: str = "1024x1024"
+
+    def __str__(self) -> str:
+        attention = " and attention" if self.attention == "fp8" else ""
+        return f"{self.size}, {self.who} {self.precision}{attention}" + ", CUDA graph" * self.graph
+
+
+CONTESTANTS = (
+    Contestant("triton", "fp8", "fp8", graph=True),
+    Contestant("triton", "bf16", graph=True),
+    Contestant("triton", "fp8", graph=True),
+    Contestant("eager", "bf16"),
+    Contestant("compiled", "bf16"),
+    Contestant("library compiled", "fp8"),
+    Contestant("triton", "fp8", "fp8"),
+    Contestant("triton", "bf16"),
+    Contestant("diffusers", "bf16"),
+    Contestant("diffusers compiled", "bf16"),
+    Contestant("library", "fp8"),
+    Contestant("triton", "nvfp4", graph=True),
+    Contestant("triton", "fp8", "fp8", True, "kontext 1024x1024"),
+    Contestant("triton", "bf16", "bf16", True, "kontext 1024x1024"),
+    Contestant("triton", "fp8", "fp8", True, "512x512"),
+    Contestant("triton", "bf16", "bf16", True, "512x512"),
+)
+
+
+def compete(contestant: Contestant, device: torch.device, tiny: bool) -> dict[str, Any]:
+    """Time one contestant: milliseconds of a step, memory, and where the time goes, in parts that add up."""
+    config = TINY if tiny else DEV
+    tokens = TINY_SIZES["tiny"] if tiny else SIZES[contestant.size]
+    start = time.perf_counter()
+    run, model = _runner(contestant, config, tokens, device)
+    memory = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+    ready = time.perf_counter()
+    run()
+    _wait(device)
+    row: dict[str, Any] = {
+        "load_seconds": round(ready - start, 1),
+        "first_seconds": round(time.perf_counter() - ready, 1),
+    }
+    if contestant.graph and device.type == "cuda":
+        run = captured(run)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = _seconds(run, device, STEPS if device.type == "cuda" else 1)
+    median = statistics.median(seconds)
+    row |= {
+        "ms": round(1e3 * median, 3), "ms_all": [round(1e3 * s, 3) for s in seconds],
+        "tflops": round(sum(call.flops for call in workload.step(config, tokens)) / median / 1e12, 2),
+    }  # fmt: skip
+    if device.type == "cuda":
+        row |= {"weights_bytes": memory, "peak_bytes": torch.cuda.max_memory_allocated(device)}
+    if isinstance(model, Transformer):
+        parts = (
+            _profile_parts(run, median)
+            if contestant.who == "triton" and device.type == "cuda"
+            else _parts(run, model, device)
+        )
+        row["parts_ms"] = {name: round(1e3 * s, 3) for name, s in parts.items()}
+    return row
+
+
+def _runner(
+    contestant: Contestant, config: FluxConfig, tokens: Tokens, device: torch.device
+) -> tuple[Callable[[], Tensor], Any]:  # fmt: skip
+    if contestant.who.startswith("diffusers"):
+        return _diffusers(contestant, config, tokens, device)
+    chosen = with_attention(contestant.precision, contestant.attention)
+    layers = RandomLayers(config, chosen, device, library=contestant.who.startswith("library"))
+    if contestant.who == "triton":
+        from fluxkiln.kernels.backend import compile_step, triton_ops
+
+        model = Transformer(config, layers, triton_ops(device, contestant.attention))
+        if device.type == "cuda":
+            compile_step(model, tokens.batch, tokens.text, tokens.image + tokens.reference)
+    else:
+        model = Transformer(config, layers, _compiled(device) if contestant.who.endswith("compiled") else EAGER)
+    x = inputs(config, tokens, model)
+    return lambda: model.step(**x), model
+
+
+def _compiled(device: torch.device) -> Ops:
+    """Every operation a region of its own for torch.compile."""
+    if device.type != "cuda":  # a rehearsal: the code is traced, nothing is generated
+        options: dict[str, Any] = {"backend": "eager"}
+    else:
+        options = {"mode": "max-autotune-no-cudagraphs"}
+    fields = ("norm_modulate", "qkv_rope", "attention", "linear_gelu", "linear_gate_residual", "linear")
+    return dataclasses.replace(
+        EAGER,
+        **{name: torch.compile(getattr(EAGER, name), fullgraph=True, dynamic=False, **options) for name in fields},
+    )
+
+
+def _diffusers(
+    contestant: Contestant, config: FluxConfig, tokens: Tokens, device: torch.device
+) -> tuple[Callable[[], Tensor], Any]:  # fmt: skip
+    """diffusers' whole call, modulation included: it has no step of its own."""
+    from fluxkiln.bench import peers
+
+    layers = RandomLayers(config, RECIPES["bf16"], device)
+    model = peers.diffusers_transformer(config, {name: layers[name] for name in layers})
+    if contestant.who.endswith("compiled"):
+        model.compile_repeated_blocks(fullgraph=True, **({} if device.type == "cuda" else {"backend": "eager"}))  # type: ignore[operator]
+    g = torch.Generator(device).manual_seed(2)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(generator=g)
+
+    image = tokens.image + tokens.reference
+    x = {
+        "img": normal(tokens.batch, image, config.in_channels),
+        "txt": normal(tokens.batch, tokens.text, config.context_in_dim),
+        "pooled": normal(tokens.batch, config.vec_in_dim),
+        "timestep": torch.full((tokens.batch,), 0.75, device=device),
+        "guidance": torch.full((tokens.batch,), 3.5, device=device) if config.guidance_embed else None,
+        "img_ids": torch.zeros(image, 3, device=device),
+        "txt_ids": torch.zeros(tokens.text, 3, device=device),
+    }
+    return lambda: peers.diffusers_velocity(model, x), model
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _seconds(run: Callable[[], Any], device: torch.device, count: int) -> list[float]:
+    """Of steps one after the other, as a denoise runs them."""
+    for _ in range(2 if device.type == "cuda" else 0):
+        run()
+    marks = [_mark(device)]
+    for _ in range(count):
+        run()
+        marks.append(_mark(device))
+    return _between(marks, device)
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(marks: Sequence[Any], device: torch.device) -> list[float]:
+    _wait(device)
+    if device.type != "cuda":
+        return [b - a for a, b in itertools.pairwise(marks)]
+    return [1e-3 * a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+
+
+def _parts(run: Callable[[], Any], model: Transformer, device: torch.device) -> dict[str, float]:
+    """Seconds of each operation in one step, from marks between them: they add up to that step."""
+    names, marks, plain = ["start"], [_mark(device)], model.ops
+
+    def marked(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            result = op(*args, **options)
+            names.append(name)
+            marks.append(_mark(device))
+            return result
+
+        return call
+
+    fields = ("norm_modulate", "qkv_rope", "attention", "linear_gelu", "linear_gate_residual", "linear")
+    model.ops = dataclasses.replace(plain, **{name: marked(name, getattr(plain, name)) for name in fields})
+    try:
+        run()
+    finally:
+        model.ops = plain
+    found: dict[str, float] = {}
+    for name, seconds in zip(names[1:], _between(marks, device), strict=True):
+        found[name] = found.get(name, 0.0) + seconds
+    return found
+
+
+def _profile_parts(run: Callable[[], Any], median: float) -> dict[str, float]:
+    """Seconds of each kernel in one step, those that are not ours together, and what is left of the median."""
+    found: dict[str, float] = {}
+    for name, seconds in profiled(run):
+        known = name if name in registry.OPS else "linear" if name == "store" else "others"
+        found[known] = found.get(known, 0.0) + seconds
+    found["between kernels"] = median - sum(found.values())
+    return found
+
+
+def compete_all(device: torch.device, results: Results, tiny: bool, deadline: float) -> bool:
+    """Time the contestants that `results` lacks, each in a process of its own; True if none is left."""
+    for number, contestant in enumerate(CONTESTANTS):
+        if tiny and contestant.size != "1024x1024":
+            continue
+        name = str(contestant)
+        if results.has(kind="step", contestant=name):
+            continue
+        reason = _refused(contestant, device)
+        row = {"kind": "step", "contestant": name, **dataclasses.asdict(contestant)}
+        if reason is None:
+            left = deadline - time.monotonic()
+            if left < (0 if tiny else 45):
+                return False
+            command = [sys.executable, "-m", "fluxkiln.bench.gpu", "--contestant", str(number), *["--tiny"] * tiny]
+            command += ["--device", str(device)]
+            try:
+                run = subprocess.run(command, capture_output=True, text=True, timeout=max(left, 60))
+            except subprocess.TimeoutExpired:
+                return False
+            lines = run.stdout.splitlines()
+            if run.returncode == 0 and lines:
+                row |= json.loads(lines[-1])
+            else:
+                row["failed"] = (run.stderr.strip().splitlines() or ["no output"])[-1][:500]
+                print(run.stderr, file=sys.stderr)
+        else:
+            row["refused"] = reason
+        results.add(row)
+        print(step_line(row), flush=True)
+    return True
+
+
+def _refused(contestant: Contestant, device: torch.device) -> str | None:
+    import importlib.util
+
+    if contestant.who.startswith("diffusers") and importlib.util.find_spec("diffusers") is None:
+        return "diffusers is not installed"
+    if contestant.who.startswith("library") and device.type != "cuda":
+        return "torch._scaled_mm by rows needs a GPU"
+    return registry.refuse_format(contestant.precision, bench_kernels.native_arch(device))
+
+
+def step_line(row: Mapping[str, Any]) -> str:
+    """A row for people."""
+    if "ms" not in row:
+        return f"{row['contestant']:60} {row.get('refused') or row.get('failed')}"
+    memory = f" {row['peak_bytes'] / 2**30:6.1f} GiB at most" if "peak_bytes" in row else ""
+    return f"{row['contestant']:60} {row['ms']:10.2f} ms {row['tflops']:8.1f} TFLOP/s{memory}"
+
+
+# --- command ----------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fluxkiln.bench.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--half", choices=("kernels", "step"), help="only this half (default: both)")
+    parser.add_argument("--minutes", type=float, default=8.5, metavar="M", help="for each half (default 8.5)")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", default=Path("bench/results"))
+    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: a rehearsal that a CPU can do")
+    parser.add_argument("--contestant", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu" and not args.tiny:
+        parser.error("there is no GPU here; --tiny rehearses on a CPU")
+    with torch.inference_mode():
+        if args.contestant is not None:
+            print(json.dumps(compete(CONTESTANTS[args.contestant], device, args.tiny)))
+            return 0
+        finished = [
+            half(device, args)
+            for name, half in (("kernels", first_half), ("step", second_half))
+            if args.half in (None, name)
+        ]
+    return 0 if all(finished) else OUT_OF_TIME
+
+
+def first_half(device: torch.device, args: argparse.Namespace) -> bool:
+    deadline = time.monotonic() + 60 * args.minutes
+    results = Results(_file("proofs", device, args), identity(device))
+    results.add({"kind": "run", "identity": results.identity, "card": bench_kernels.card(device)})
+    if not prove(device, results, args.tiny, deadline):
+        return False
+    timings = Results(_file("kernels", device, args), identity(device))
+    arch = bench_kernels.native_arch(device)
+    precisions = [f for f in ("fp8", "bf16", "nvfp4") if registry.refuse_format(f, arch) is None]
+    chosen = everything(TINY, TINY_SIZES, precisions[:2]) if args.tiny else everything(DEV, SIZES, precisions)
+    budget, side = (0.002, 256) if args.tiny else (0.2, 8192)
+    show = lambda row: print(line(row), flush=True)  # noqa: E731
+    return bench_kernels.bench(device, timings, chosen, budget, side, deadline, show)
+
+
+def second_half(device: torch.device, args: argparse.Namespace) -> bool:
+    deadline = time.monotonic() + 60 * args.minutes
+    results = Results(_file("step", device, args), identity(device))
+    results.add({"kind": "run", "identity": results.identity, "card": bench_kernels.card(device)})
+    return compete_all(device, results, args.tiny, deadline)
+
+
+def _file(what: str, device: torch.device, args: argparse.Namespace) -> Path:
+    return args.results / f"{what}-{slug(device)}{'-tiny' * args.tiny}.jsonl"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
