@@ -42,15 +42,15 @@ def run(args: argparse.Namespace) -> int:
     from fluxkiln.export.graph import trace
     from fluxkiln.export.weights import shadow, values
     from fluxkiln.hub import resolve
-    from fluxkiln.kernels.recipe import RECIPES, Recipe
-    from fluxkiln.load import Layers
+    from fluxkiln.kernels.recipe import Recipe
+    from fluxkiln.quantize import Layers, choose_recipe
 
     installed = flavour(args.flavour)
     for arch in args.arch:
         if reason := refuse(args.precision, arch, installed):
             raise ValueError(reason)
     checkpoint = open_checkpoint(resolve(args.model, ("transformer",)))
-    recipe = Recipe.from_json(args.recipe.read_text()) if args.recipe else RECIPES[args.precision]
+    recipe = Recipe.from_json(args.recipe.read_text()) if args.recipe else choose_recipe(args.precision, checkpoint)
     size = _size(args.max_size)
     profile = Profile.of(size, args.references, args.max_batch)
     say = (lambda text: None) if args.json else print

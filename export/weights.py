@@ -14,7 +14,7 @@ from fluxkiln.export.graph import Parameter
 from fluxkiln.kernels.formats import BLOCK, Fp8, Nvfp4
 from fluxkiln.kernels.layers import Linear, rows
 from fluxkiln.kernels.recipe import Recipe
-from fluxkiln.load import Layers
+from fluxkiln.quantize import Layers
 
 DTYPE = {
     TensorProto.FLOAT: torch.float32,

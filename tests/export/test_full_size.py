@@ -17,8 +17,8 @@ from fluxkiln.kernels.recipe import RECIPES
 pytest.importorskip("tensorrt_rtx", reason="builds engines: pip install 'fluxkiln[trt]'")
 
 GIB = 2**30
-# 19 double blocks of 2 x (q, k, v, proj, mlp in, mlp out), 38 single blocks of q, k, v, mlp in and linear2, which is one
-# product or, quantised, two; both embedders and the final linear stay bf16.
+# 19 double blocks of 2 x (q, k, v, proj, mlp in, mlp out), 38 single blocks of q, k, v, mlp in and linear2, which is
+# one product or, quantised, two; both embedders and the final linear stay bf16.
 PRODUCTS = {
     "bf16": {"bf16": 19 * 12 + 38 * 5 + 3},
     "fp8": {"fp8": 19 * 12 + 38 * 6, "bf16": 3},
