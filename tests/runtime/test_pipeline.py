@@ -159,6 +159,8 @@ CASES = {
     "guidance": case("dev", FluxPipeline, guidance_scale=1.7),
     "true cfg": case("dev", FluxPipeline, true_cfg_scale=2.5, **NEGATIVE),
     "sigmas": case("dev", FluxPipeline, sigmas=[0.9, 0.7, 0.1], num_inference_steps=3),
+    # bf16(1000 sigma) / 1000 is another number than bf16(sigma) for the first two, and the network sees it.
+    "sigmas, schnell": case("schnell", FluxPipeline, sigmas=[0.99, 0.904531, 0.6, 0.3]),
     "latents": case("dev", FluxPipeline, latents=torch.randn(1, 24, 16, generator=generator(5))),
     "odd size": case("dev", FluxPipeline, {"width": 103, "height": 31}, {"width": 103, "height": 31}),
     "kontext": case("kontext", FluxKontextPipeline, theirs=SIDES | {"_auto_resize": False}, image=PHOTO),
@@ -227,14 +229,27 @@ def test_pixels_equal_diffusers(name: str) -> None:
     assert theirs.std() > 5
 
 
-@pytest.mark.parametrize("name", ["text", "true cfg", "kontext", "image to image", "inpaint", "fill", "control"])
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        ("text", 1e-3),
+        ("true cfg", 1e-3),
+        ("sigmas, schnell", 1e-3),
+        # An autoencoder in bf16 rounds by the order of its sums, which its memory format decides.
+        ("kontext", 0.02),
+        ("image to image", 0.02),
+        ("inpaint", 0.02),
+        ("fill", 0.02),
+        ("control", 0.02),
+    ],
+)
 @pytest.mark.usefixtures("no_kontext_sizes")
-def test_bf16_follows_diffusers(name: str) -> None:
-    """Closer than either is to fp32, by far: both round at the same places on the way, the timestep first of all."""
+def test_bf16_follows_diffusers(name: str, tolerance: float) -> None:
+    """Closer than to fp32: both round at the same places on the way, the timestep first of all."""
     ours, theirs = run_both(CASES[name], torch.bfloat16, "latent")
     exact, _ = run_both(CASES[name], torch.float32, "latent")
     assert ours.dtype == torch.bfloat16
-    assert relative(ours, theirs) < 0.02
+    assert relative(ours, theirs) < tolerance
     assert relative(ours, exact) > 0.015
 
 
