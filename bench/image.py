@@ -246,11 +246,13 @@ def _pictures(item: Item, folders: Sequence[Path], side: int) -> list[Image.Imag
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"compare": _compare, "ablate": _ablate, "run": _run}
+    commands: dict[str, Callable[[Sequence[str]], int]] = {"compare": _compare, "ablate": _ablate}
+    parser = argparse.ArgumentParser(prog="fluxkiln bench image")
+    add_arguments(parser)
     try:
         if argv and argv[0] in commands:
             return commands[argv[0]](argv[1:])
-        return _run(argv)
+        return run(parser.parse_args(argv))
     except (ValueError, OSError) as error:
         print(f"fluxkiln bench image: {error}", file=sys.stderr)
         return 2
@@ -295,17 +297,24 @@ def select(args: argparse.Namespace) -> list[Item]:
     return items
 
 
-def _run(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="fluxkiln bench image", description="Make the pictures of a suite and measure them."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for name in ("compare", "ablate"):
+        # What follows is for the command's own parser: nothing of it is an option here.
+        command = commands.add_parser(name, add_help=False, prefix_chars="\0")
+        command.add_argument("argv", nargs="*")
+        command.set_defaults(command=name)
     add_model_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("bench-image"), help="folder for pictures and results")
     parser.add_argument("--reference", type=Path, help="run to compare the pictures with")
     parser.add_argument("--floor", type=Path, help="run of another implementation: its distance is the noise floor")
     parser.add_argument("--gpu-hour-price", type=float, help="for the cost of a picture")
     parser.add_argument("--sheet", type=Path, help="contact sheet to write")
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    if "command" in args:
+        return main([args.command, *args.argv])
     items = select(args)
 
     import fluxkiln

@@ -56,6 +56,9 @@ WORDS = [
 
 
 EDITS = ("recolor", "remove", "add", "move", "resize", "background", "style")
+# How often training draws each kind: text to image (single, pair, count, word, empty), then EDITS.
+TEXT_SHARES = (72, 15, 10, 2, 1)
+EDIT_SHARES = (6, 2, 1, 2, 1, 5, 1)
 
 
 @dataclass(frozen=True)
@@ -194,13 +197,13 @@ def text_to_image(rng: Random, kind: str | None = None, complete: bool = False) 
 def edit(rng: Random, kind: str | None = None) -> Sample:
     """One of `EDITS`: an instruction, the scene before and the scene after."""
     while True:
-        sample = _edit(rng, kind or rng.choice(EDITS))
+        sample = _edit(rng, kind or rng.choices(EDITS, EDIT_SHARES)[0])
         if sample.before is not None and sample.before.legible and sample.scene.legible:
             return sample
 
 
 def _text_to_image(rng: Random, kind: str | None, complete: bool) -> Sample:
-    kind = kind or rng.choices(("single", "pair", "count", "word", "empty"), (30, 35, 17, 17, 1))[0]
+    kind = kind or rng.choices(("single", "pair", "count", "word", "empty"), TEXT_SHARES)[0]
     background = random_background(rng)
     if kind == "single":
         scene = Scene(background, (random_thing(rng, background.colors),))

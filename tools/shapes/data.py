@@ -78,9 +78,9 @@ class Pool:
             self.latents.append(torch.load(path))
             self.chunk = chunk
 
-    @torch.no_grad()
     def _encode(self, scenes: list[Scene]) -> Tensor:
-        return pack(self.autoencoder.encode(pixels(scenes, *self.size))).to(torch.bfloat16)
+        # Not under no_grad, in which the autoencoder would take its pictures one by one.
+        return pack(self.autoencoder.encode(pixels(scenes, *self.size)).detach()).to(torch.bfloat16)
 
     def batch(self, n: int, rng: Random) -> Batch:
         """`n` random samples, with what teaches guidance mixed in.

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration that sends all singular values to about 1
 _UPDATE_RMS = 0.2
@@ -39,19 +39,35 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient; workers share the work of making matrices orthogonal."""
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    (self._muon if group["muon"] else self._adamw)(p, p.grad, group["lr"])
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if group["muon"]:
+                for p, update in zip(parameters, self._updates(parameters), strict=True):
+                    p.mul_(1 - 0.01 * group["lr"]).add_(update, alpha=-group["lr"])
+            else:
+                for p in parameters:
+                    self._adamw(p, p.grad, group["lr"])
 
-    def _muon(self, p: Tensor, grad: Tensor, lr: float) -> None:
-        state = self.state[p]
-        momentum = state.setdefault("momentum", torch.zeros_like(p))
-        momentum.lerp_(grad, 0.05)
-        update = torch.lerp(grad, momentum, 0.95).reshape(len(p), -1)
-        scale = _UPDATE_RMS * max(update.shape) ** 0.5
-        p.mul_(1 - 0.01 * lr).add_(orthogonalize(update).view_as(p), alpha=-lr * scale)
+    def _updates(self, parameters: list[Tensor]) -> list[Tensor]:
+        many = distributed.is_initialized()
+        rank, workers = (distributed.get_rank(), distributed.get_world_size()) if many else (0, 1)
+        order = sorted(range(len(parameters)), key=lambda i: -parameters[i].numel())  # deals out equal work
+        updates = [torch.zeros_like(p, dtype=torch.bfloat16) for p in parameters]
+        for turn, i in enumerate(order):
+            p = parameters[i]
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 0.05)
+            if turn % workers == rank:
+                matrix = torch.lerp(p.grad, momentum, 0.95).reshape(len(p), -1)
+                updates[i] = orthogonalize(matrix).mul_(_UPDATE_RMS * max(matrix.shape) ** 0.5).view_as(p).bfloat16()
+        if many:
+            flat = torch.cat([update.flatten() for update in updates])
+            distributed.all_reduce(flat)  # each is zero in all workers but one
+            updates = [
+                part.view_as(p) for part, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)
+            ]
+        return updates
 
     def _adamw(self, p: Tensor, grad: Tensor, lr: float) -> None:
         state = self.state[p]

@@ -32,9 +32,9 @@ from .muon import Muon
 from .workers import average_gradients
 
 SIZES = ((64, 64), (96, 96), (64, 128), (128, 64), (128, 128), (64, 96), (96, 64))
-TOKENS = 1536  # per micro-batch, text included
+TOKENS = 1024  # per micro-batch, text included
 LEARNING_RATE, WARMUP = 2e-3, 100
-# Not matrices inside the network: embeddings, the first and the last layer.
+# What Muon leaves to AdamW: embeddings, the first and the last layer, and modulations, whose input is one row an image.
 EDGES = (
     "embedding.weight",
     "shared.weight",
@@ -42,7 +42,7 @@ EDGES = (
     "img_in/weight",
     "final_layer/linear/weight",
 )
-FIRST_CHUNKS, GROW_EVERY = 24, 60  # chunks of 256 at the start, and steps between one more of each kind
+FIRST_CHUNKS, GROW_EVERY = 14, 50  # chunks of 256 at the start, and steps between one more of each kind
 
 
 def velocity_loss(model: Denoiser, batch: Batch, width: int, height: int, noise: torch.Generator) -> Tensor:
@@ -119,14 +119,14 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.decay)
         optimizer.step()
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(0.999, (1 + step) / (10 + step)))
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(0.998, (1 + step) / (10 + step)))
         if rank:
             continue
         done = step + 1
         if done % 50 == 0 or done == args.steps:
             log(run, stage="denoiser", step=done, loss=total / min(50, done - start), seconds=time.time() - began)
             total = 0.0
-        if done % 500 == 0 or done == args.steps:
+        if done % 200 == 0 or done == args.steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": done}
             workers.save(state, path)
             workers.save(average, run / f"average-{done:06}.pt")
