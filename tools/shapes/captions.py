@@ -57,8 +57,8 @@ WORDS = [
 
 EDITS = ("recolor", "remove", "add", "move", "resize", "background", "style")
 # How often training draws each kind: text to image (single, pair, count, word, empty), then EDITS.
-TEXT_SHARES = (72, 15, 10, 2, 1)
-EDIT_SHARES = (6, 2, 1, 2, 1, 5, 1)
+TEXT_SHARES = (52, 26, 15, 6, 1)
+EDIT_SHARES = (4, 2, 2, 2, 2, 3, 1)
 
 
 @dataclass(frozen=True)
