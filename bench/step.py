@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -283,6 +284,7 @@ def measure(
         "flops": sum(call.flops for call in workload.step(spec.config, spec.tokens)),
         "parameters": workload.parameters(spec.config),
         "versions": versions(spec.device),
+        "load_average": os.getloadavg()[0],  # of the machine before: what else wanted its CPUs
         "contestants": {name: {"memory": memory(spec, name)} for name in names},
     }
     with torch.inference_mode():

@@ -121,6 +121,20 @@ def test_help_imports_nothing_heavy() -> None:
         assert f"\n    {command} " in done.stdout
 
 
+def commands_of(table: cli.Table, *names: str) -> list[list[str]]:
+    """Every command, as the words that name it."""
+    found = []
+    for name, (target, _) in table.items():
+        found += [[*names, name]] if isinstance(target, str) else commands_of(target, *names, name)
+    return found
+
+
+@pytest.mark.parametrize("command", commands_of(cli.COMMANDS), ids=" ".join)
+def test_every_command_explains_itself(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: fluxkiln {' '.join(command)} [-h]")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
