@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -197,7 +198,8 @@ def main() -> None:
     workers.run(train_denoiser, args.workers, args.run, args)
     polish_decoder(args)
     model = load_denoiser(args.run, args.run / f"average-{args.steps:06}.pt")
-    save_tokenizers(args.out)
+    # The ones it was trained with: captions may have changed since.
+    shutil.copytree(args.run / "tokenizers", args.out, dirs_exist_ok=True)
     save_pipeline(args.out, model, load_autoencoder(args.run / "decoder.pt"))
 
 
