@@ -14,12 +14,13 @@ The registry collects the configurations; tests hold all of them to zero spills 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,13 +95,13 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
     """
     from triton import __version__
 
-    limits = ARCHS[arch]
+    limits, log = ARCHS[arch], io.StringIO()
     start = time.perf_counter()
-    with no_gpu(arch):
+    with no_gpu(arch), contextlib.redirect_stdout(log):  # on an error Triton prints all of the PTX
         compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options, enable_fp_fusion=True)
     seconds = time.perf_counter() - start
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-    registers, spill = assemble(ptx, arch)
+    registers, spill = usage(log.getvalue()) or assemble(ptx, arch)  # the log is empty for what was in Triton's cache
     threads = re.search(r"\.reqntid (\d+)", ptx)  # warp specialisation adds to num_warps
     warps = int(threads[1]) // 32 if threads else compiled.metadata.num_warps
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
@@ -135,8 +136,15 @@ def tensor_core_instructions(ptx: str) -> list[str]:
     return sorted({name for i, name in found.items() if i in looped} or set(found.values()))
 
 
+def usage(log: str) -> tuple[int, int] | None:
+    """Registers per thread and bytes spilled, as ptxas tells them."""
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    return (int(registers[1]), int(spills[1]) + int(spills[2])) if registers and spills else None
+
+
 def assemble(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers per thread and bytes spilled, as ptxas tells them; run as Triton runs it."""
+    """`usage` of a PTX text: ptxas run as Triton runs it."""
     from triton import __version__
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
@@ -147,11 +155,10 @@ def assemble(ptx: str, arch: int) -> tuple[int, int]:
         file.flush()
         command = [get_ptxas(arch).path, "-v", *options, f"--gpu-name={sm_arch_from_capability(arch)}"]
         run = subprocess.run([*command, file.name, "-o", "/dev/null"], capture_output=True, text=True)
-    registers = re.search(r"Used (\d+) registers", run.stderr)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
-    if not registers or not spills:
+    used = usage(run.stderr)
+    if used is None:
         raise RuntimeError(f"ptxas gave no resource usage for sm_{arch}: {run.stderr.strip() or 'no output'}")
-    return int(registers[1]), int(spills[1]) + int(spills[2])
+    return used
 
 
 class Target:
@@ -172,7 +179,7 @@ class Target:
         return 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def no_gpu(arch: int) -> Iterator[None]:
     """Launches inside compile for `arch` instead of for the GPU of this machine.
 
@@ -184,9 +191,10 @@ def no_gpu(arch: int) -> Iterator[None]:
 
     if knobs.runtime.interpret:
         raise RuntimeError("kernels cannot be compiled in a process that runs with TRITON_INTERPRET: unset it")
-    before = driver._active
+    before = driver._active, knobs.nvidia.dump_ptxas_log
     driver.set_active(Target(arch))
+    knobs.nvidia.dump_ptxas_log = True
     try:
         yield
     finally:
-        driver._active = before
+        driver._active, knobs.nvidia.dump_ptxas_log = before
