@@ -125,7 +125,8 @@ def pack(streams: Streams, parts: int = 1) -> Packed:
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    return (tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))).contiguous()
+    stacked = (tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))).contiguous()
+    return stacked if stacked.data_ptr() % 16 == 0 else stacked.clone()  # a view of a file may lie anywhere
 
 
 # --- contract ---------------------------------------------------------------------------------
