@@ -84,7 +84,7 @@ def this_machine() -> tuple[str | None, dict[str, str]]:
     versions = {}
     for name in PACKAGE:
         try:
-            versions[name] = flavour(name).version  # type: ignore[arg-type]
+            versions[name] = flavour(name).version
         except MissingFlavourError:
             continue
     arch = None

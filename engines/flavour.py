@@ -66,7 +66,7 @@ class Log:
     def __init__(self, api: Any) -> None:
         outer = self
 
-        class Logger(api.ILogger):  # type: ignore[misc, name-defined]
+        class Logger(api.ILogger):
             def __init__(self) -> None:
                 api.ILogger.__init__(self)
 

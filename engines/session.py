@@ -188,7 +188,7 @@ def _machine(flavour: Flavour, plan: bytes | memoryview, device: torch.device) -
     facts = (
         flavour.version,
         torch.cuda.get_device_name(device),
-        str(torch._C._cuda_getDriverVersion()),
+        str(torch._C._cuda_getDriverVersion()),  # type: ignore[attr-defined]
         platform.system(),
         hashlib.sha256(plan).hexdigest(),
     )

@@ -240,7 +240,7 @@ def _errors(said: Iterable[tuple[str, str]], parser: list[str]) -> str:
 
 
 def _monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}

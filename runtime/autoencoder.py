@@ -449,7 +449,7 @@ def load_autoencoder(
         model = Autoencoder(config)
     model.load_state_dict(state, assign=True)
     if torch.device(device).type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     return model.requires_grad_(False).eval()
 
 

@@ -44,7 +44,7 @@ class _Encoder:
 
     def run(self, ids: Tensor) -> Any:
         self.model = self.model or self.load()
-        return self.model(ids.to(self.model.device))
+        return self.model(ids.to(next(self.model.parameters()).device))
 
 
 class TextEncoders:
@@ -189,8 +189,8 @@ def _build_t5(tensors: Tensors) -> torch.nn.Module:
     sizes = tensors.config or _t5_sizes(tensors)
     state = {name: tensors[name] for name in tensors}
     # Files store the embedding once, under either name, or twice.
-    state["shared.weight"] = state.get("shared.weight", state.get("encoder.embed_tokens.weight"))
-    state["encoder.embed_tokens.weight"] = state["shared.weight"]
+    shared = "shared.weight" if "shared.weight" in state else "encoder.embed_tokens.weight"
+    state["shared.weight"] = state["encoder.embed_tokens.weight"] = state[shared]
     return _build(T5EncoderModel, T5Config(**sizes), state)
 
 
