@@ -129,13 +129,13 @@ class _Draw:
 
     def activation(self, k: int, rows: int | None = None) -> Activation:
         x = self.normal(self.batch, self.rows if rows is None else rows, k)
-        quant = None if self.call.format == "bf16" else Quant(self.call.format, "row")  # type: ignore[arg-type]
+        quant = None if self.call.format == "bf16" else Quant(self.call.format, "row")
         return formats.quantize(x, quant, x.dtype)
 
     def layer(self) -> Streams:
         def linear(n: int, k: int) -> Linear:
             dense = Linear(self.normal(n, k, scale=k**-0.5), self.normal(n), name=self.call.name)
-            rule = recipe.Rule("dense" if self.call.format == "bf16" else self.call.format)  # type: ignore[arg-type]
+            rule = recipe.Rule("dense" if self.call.format == "bf16" else self.call.format)
             return recipe.quantize(dense, rule)
 
         return Streams(linear(gemm.n, gemm.k) for gemm in self.call.gemms)
@@ -145,7 +145,7 @@ class _Draw:
 
     def out(self, rule: str) -> Quant | None:
         format = self.call.result_format
-        return None if format == "bf16" else Quant(format, rule)  # type: ignore[arg-type]
+        return None if format == "bf16" else Quant(format, rule)
 
 
 def _norm_modulate(draw: _Draw) -> tuple[Any, ...]:
@@ -157,7 +157,7 @@ def _qkv_rope(draw: _Draw) -> tuple[Any, ...]:
     d = draw.case.config.head_dim
     angle = 100 * torch.rand(1, draw.rows, d // 2, generator=draw.generator, device=draw.device)
     norms = tuple(QKNorm(1 + draw.normal(d, scale=0.1), 1 + draw.normal(d, scale=0.1)) for _ in range(draw.streams))
-    projection = Projection(draw.layer(), norms, attention=draw.case.attention)  # type: ignore[arg-type]
+    projection = Projection(draw.layer(), norms, attention=draw.case.attention)
     x = draw.activation(draw.call.gemms[0].k)
     return x, projection, torch.stack((angle.cos(), angle.sin()), dim=-1), draw.split
 

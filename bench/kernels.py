@@ -148,7 +148,7 @@ class LibraryLinear(Linear):
     def __call__(self, *xs: Activation) -> Tensor:
         x = torch.cat([each for each in xs if isinstance(each, Tensor)], dim=-1)
         codes, scale = _quantise_by_row(x.flatten(0, -2))
-        weight = (self.weight.data, self.weight.row_scale[:, None])  # type: ignore[union-attr]
+        weight = (self.weight.data, self.weight.row_scale[:, None])
         return _scaled_mm((codes, scale), weight, True, self.bias).unflatten(0, x.shape[:-1])
 
 

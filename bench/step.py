@@ -139,15 +139,15 @@ Contestant = Callable[[], Tensor]
 def fluxkiln_call(spec: Spec, tensors: Mapping[str, Tensor]) -> Contestant:
     """The whole call, as a peer's: modulation, rotation and step."""
     model, x = _transformer(spec, tensors), random_inputs(spec)
-    return lambda: model(**x)  # type: ignore[arg-type]
+    return lambda: model(**x)
 
 
 def fluxkiln_step(spec: Spec, tensors: Mapping[str, Tensor]) -> Contestant:
     """The part that a pipeline repeats: modulation and rotation were computed for the whole schedule before."""
     model, x = _transformer(spec, tensors), random_inputs(spec)
-    mods = model.modulate(x["pooled"], x["timestep"], x["guidance"])  # type: ignore[arg-type]
-    rope = model.rope(x["txt_ids"], x["img_ids"])  # type: ignore[arg-type]
-    return lambda: model.step(x["img"], x["txt"], mods, rope)  # type: ignore[arg-type]
+    mods = model.modulate(x["pooled"], x["timestep"], x["guidance"])
+    rope = model.rope(x["txt_ids"], x["img_ids"])
+    return lambda: model.step(x["img"], x["txt"], mods, rope)
 
 
 def diffusers_call(spec: Spec, tensors: Mapping[str, Tensor]) -> Contestant:

@@ -509,7 +509,7 @@ def trace(config: FluxConfig, tensors: Mapping[str, Any], high: torch.dtype = to
     values = {name: Value(graph, name) for name in inputs}
     rope = rope_of(graph, config, values["txt_ids"], values["img_ids"])
     modulation = Rows(values["modulation"], np.arange(rows))
-    latent = model.step(values["hidden_states"], values["encoder_hidden_states"], modulation, rope).whole  # type: ignore
+    latent = model.step(values["hidden_states"], values["encoder_hidden_states"], modulation, rope).whole
     graph.nodes.append(make.make_node("Identity", [latent.name], ["latent"], "latent"))
 
     domains = {"": OPSET} | ({FP4_DOMAIN: 1} if any(node.domain == FP4_DOMAIN for node in graph.nodes) else {})

@@ -80,4 +80,4 @@ class Shadow:
 
 def shadow(checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype) -> Layers:
     """The layers of a checkpoint by a recipe on the meta device: what `trace` needs."""
-    return Layers(Shadow(checkpoint), recipe, torch.device("meta"), dtype)  # type: ignore[arg-type]
+    return Layers(Shadow(checkpoint), recipe, torch.device("meta"), dtype)

@@ -33,7 +33,7 @@ class Absent:
         raise ImportError(MISSING)
 
 
-class Kernel(JITFunction or object):  # type: ignore[misc]
+class Kernel(JITFunction or object):
     """A Triton function that is interpreted when its first argument lives in the CPU's memory."""
 
     def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
