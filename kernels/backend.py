@@ -32,16 +32,15 @@ from fluxkiln.kernels import (
     linear,
     linear_gate_residual,
     linear_gelu,
-    matmul,
     norm_modulate,
+    packed,
     qkv_rope,
 )
 from fluxkiln.kernels.arch import RELATIVE
 from fluxkiln.kernels.formats import Activation, Quant
 from fluxkiln.kernels.language import Launch
-from fluxkiln.kernels.layers import QKNorm, Streams
-from fluxkiln.kernels.matmul import Packed
-from fluxkiln.kernels.qkv_rope import PackedProjection, Projection
+from fluxkiln.kernels.layers import Projection, QKNorm, Streams
+from fluxkiln.kernels.packed import Packed, PackedProjection
 from fluxkiln.kernels.quantize import Empty
 
 INTERPRETED = 120  # on a CPU: the kernels of an architecture that has every format
@@ -116,7 +115,7 @@ class Triton:
         widths = [each.weight.shape[1] for each in streams]
         if any(size % 16 for each in streams for size in each.weight.shape):
             return streams
-        return matmul.pack(streams) if len(set(widths)) == 1 else linear.pack(streams)
+        return packed.pack(streams) if len(set(widths)) == 1 else linear.pack(streams)
 
     def pack_qkv(self, streams: Streams, norms: tuple[QKNorm, ...]) -> PackedProjection:
         return qkv_rope.pack(Projection(streams, norms, attention=self.attention_format))

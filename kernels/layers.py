@@ -6,6 +6,7 @@ the image stream and use `streams[-1]`. A single block has one stream and `split
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +15,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fluxkiln.kernels.formats import Activation, Quant, Weight, columns, dense, dequantize, multiply, row_norm
+from fluxkiln.kernels.formats import (
+    FP8_MAX,
+    TINY,
+    Activation,
+    Quant,
+    Weight,
+    columns,
+    dense,
+    dequantize,
+    multiply,
+    row_norm,
+)
 
 Accumulate = Literal["f32", "promote128", "f16"]
 
@@ -114,6 +126,34 @@ class QKNorm:
 
     query: Tensor
     key: Tensor
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The qkv layer of a block: one linear and one pair of norms for each stream.
+
+    Attributes:
+        attention: what q, k and v are written as.
+        query: what q is when it leaves; `raw`, without norm and rotation, for an attention kernel that does both.
+    """
+
+    streams: Streams
+    norms: tuple[QKNorm, ...]
+    attention: Literal["bf16", "fp8"] = "bf16"
+    query: Literal["rotated", "raw"] = "rotated"
+
+    @property
+    def input(self) -> Quant | None:
+        return self.streams.input
+
+    @property
+    def head_dim(self) -> int:
+        return self.norms[0].query.shape[0]
+
+    def scale(self, part: Literal["query", "key"]) -> Tensor:
+        """FP8 scale of all q or all k, fp32 `[1]`: rotation keeps the length of a pair, so the bound holds after it."""
+        largest = torch.stack([getattr(norm, part).float().abs().amax() for norm in self.norms]).amax()
+        return (largest * (math.sqrt(self.head_dim) / FP8_MAX)).clamp_min(TINY).reshape(1)
 
 
 def rows(linear: Linear, part: slice) -> Linear:

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fluxkiln.kernels import matmul, tiles
+from fluxkiln.kernels import matmul, packed, tiles
 from fluxkiln.kernels.compile import Configuration
 from fluxkiln.kernels.formats import Activation
 from fluxkiln.kernels.language import Launch
 from fluxkiln.kernels.layers import Streams
-from fluxkiln.kernels.matmul import Packed
+from fluxkiln.kernels.packed import Packed, meta_input, meta_layer
 from fluxkiln.kernels.quantize import Empty, fresh
 from fluxkiln.kernels.tiles import Problem, Tile
 
@@ -61,7 +61,7 @@ def candidates(problem: Problem) -> Iterator[Tile]:
 
 def pack(streams: Streams) -> tuple[Packed, ...]:
     """Each stream on its own: their inputs differ in width and live in tensors of their own."""
-    return tuple(matmul.pack(Streams((linear,))) for linear in streams)
+    return tuple(packed.pack(Streams((linear,))) for linear in streams)
 
 
 # --- contract ---------------------------------------------------------------------------------
@@ -72,12 +72,12 @@ def check(xs: Sequence[Activation], layer: Streams | Sequence[Packed]) -> None:
     if len(xs) != len(layer):
         raise ValueError(f"{OP}: {len(layer)} streams need as many inputs, got {len(xs)}")
     for x, stream in zip(xs, layer, strict=True):
-        matmul.check(OP, (x,), stream if isinstance(stream, Packed) else Streams((stream,)), 0)
+        packed.check(OP, (x,), stream if isinstance(stream, Packed) else Streams((stream,)), 0)
 
 
 def refuse(xs: Sequence[Activation], layer: Sequence[Packed], *, arch: int) -> str | None:
     """Why the Triton kernel cannot take a valid call, or None."""
-    reasons = (matmul.refuse((x,), stream, arch) for x, stream in zip(xs, layer, strict=True))
+    reasons = (packed.refuse((x,), stream, arch) for x, stream in zip(xs, layer, strict=True))
     return next((reason for reason in reasons if reason), None)
 
 
@@ -108,18 +108,21 @@ def launch(
         chosen = tile or pick(matmul.problem(OP, stream, (x.shape[1],), arch))
         side, before = matmul.side_input((x,), stream, 0, arch=arch, empty=empty)
         tensors = (part, part.stride(0))
-        launches += [*before, matmul.plan(matmul.store, chosen, (x,), stream, 0, tensors, side=side, arch=arch)]
+        launches += [*before, matmul.plan(matmul.linear, chosen, (x,), stream, 0, tensors, side=side, arch=arch)]
     return y, launches
 
 
 def configurations(arch: int) -> Iterator[Configuration]:
+    side, rank = matmul.side_tile(32), meta_layer("bf16", "f32", 1, 32, 3072)
+    launches = launch([meta_input("bf16", 3072)], [rank], arch=arch, tile=side)[1]
+    yield matmul.configuration(OP, arch, rank, side, launches, "low-rank")
     for (number, format, accumulate), shipped in TILES.items():
         if number != arch:
             continue
         for tile in shipped:
             n, k = (64, 3072) if tile.n <= 64 else (3072, 4096)  # velocity; text embedder
-            layer = matmul.meta_layer(format, accumulate, 1, n, k)
-            launches = launch([matmul.meta_input(format, k)], [layer], arch=arch, tile=tile)[1]
+            layer = meta_layer(format, accumulate, 1, n, k)
+            launches = launch([meta_input(format, k)], [layer], arch=arch, tile=tile)[1]
             yield matmul.configuration(OP, arch, layer, tile, launches, "")
 
 

@@ -17,12 +17,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fluxkiln.kernels import matmul, tiles
+from fluxkiln.kernels import matmul, packed, tiles
 from fluxkiln.kernels.compile import Configuration
 from fluxkiln.kernels.formats import Activation
 from fluxkiln.kernels.language import Launch, jit, tl
 from fluxkiln.kernels.layers import Streams
-from fluxkiln.kernels.matmul import Packed
+from fluxkiln.kernels.packed import Packed, meta_input, meta_layer
 from fluxkiln.kernels.quantize import Empty, fresh
 from fluxkiln.kernels.tiles import Problem, Tile
 
@@ -44,7 +44,7 @@ TILES: tiles.Table = {
     (100, "bf16", "f32"): (Tile(128, 256, 64, 8, 4, pieces=2), Tile(128, 128, 64, 8, 4)),
     (100, "fp8", "f32"): (Tile(128, 256, 128, 8, 4, pieces=2), Tile(128, 128, 128, 8, 4)),
     (100, "fp8", "promote128"): (Tile(128, 128, 128, 8, 4, pieces=2),),
-    (100, "nvfp4", "f32"): (Tile(128, 128, 256, 8, 3, pieces=2, blocks=2),),
+    (100, "nvfp4", "f32"): (Tile(128, 128, 256, 8, 3),),
     # Consumer Blackwell: 99 KiB of shared memory, sums in registers.
     (120, "bf16", "f32"): (Tile(128, 128, 32, 4, 4, pieces=2, blocks=2),),
     (120, "fp8", "f32"): (Tile(128, 128, 64, 4, 4, pieces=4, blocks=2),),
@@ -66,9 +66,9 @@ def candidates(problem: Problem) -> Iterator[Tile]:
 
 def check(xs: Sequence[Activation], layer: Streams | Packed, gate: Tensor, residual: Tensor, split: int) -> None:
     """Raise ValueError on a call that is wrong for every backend."""
-    matmul.check(OP, xs, layer, split)
+    packed.check(OP, xs, layer, split)
     B, L = xs[0].shape[:2]
-    S, N, _ = matmul.extent(layer)
+    S, N, _ = packed.extent(layer)
     for name, tensor, shape in (("gate", gate, (B, S, N)), ("residual", residual, (B, L, N))):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{OP}: {name} must be {list(shape)}, got {list(tensor.shape)}")
@@ -80,7 +80,7 @@ def refuse(
     """Why the Triton kernel cannot take a valid call, or None."""
     if not residual.is_contiguous() or gate.stride(-1) != 1:
         return "residual must be contiguous, and gate over N"
-    return matmul.refuse(xs, layer, arch)
+    return packed.refuse(xs, layer, arch)
 
 
 # --- reference --------------------------------------------------------------------------------
@@ -133,14 +133,14 @@ def launch(
 
 
 def configurations(arch: int) -> Iterator[Configuration]:
-    residual = torch.empty(1, matmul.LENGTH, 3072, dtype=torch.bfloat16, device="meta")
+    residual = torch.empty(1, packed.LENGTH, 3072, dtype=torch.bfloat16, device="meta")
     for (number, format, accumulate), shipped in TILES.items():
         if number != arch:
             continue
         for tile in shipped:
             for streams, widths, rank in ((2, (12288,), 0), (1, (3072, 12288), 32 if format == "nvfp4" else 0)):
-                layer = matmul.meta_layer(format, accumulate, streams, 3072, sum(widths), rank=rank)
-                xs = [matmul.meta_input(format, k) for k in widths]
+                layer = meta_layer(format, accumulate, streams, 3072, sum(widths), rank=rank)
+                xs = [meta_input(format, k) for k in widths]
                 gate = torch.empty(1, streams, 3072, dtype=torch.bfloat16, device="meta")
                 launches = launch(xs, layer, gate, residual, 512 * (streams - 1), arch=arch, tile=tile)[1]
                 note = f"S={streams}" + " low-rank" * bool(rank)

@@ -22,160 +22,16 @@ side input and bias in fp32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fluxkiln.kernels.compile import Configuration
-from fluxkiln.kernels.formats import BLOCK, Activation, Fp8, Nvfp4, Quant, dense
+from fluxkiln.kernels.formats import Activation, Fp8, Nvfp4, dense
 from fluxkiln.kernels.language import Launch, TensorDescriptor, jit, tl
-from fluxkiln.kernels.layers import Linear, Streams
+from fluxkiln.kernels.packed import Packed
 from fluxkiln.kernels.quantize import Empty, nbytes
 from fluxkiln.kernels.tiles import MULTIPROCESSORS, Problem, Tile, count
-
-# --- packed layers ----------------------------------------------------------------------------
-
-DTYPES = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A layer as the kernel reads it: its streams stacked on the outputs, everything else in fp32.
-
-    Attributes:
-        weight: codes `[S * P * N, K]`; NVFP4 pairs `[S * P * N, K / 2]`.
-        block_scale: NVFP4, `[S * P * N, K / 16]`.
-        scale: FP8 and NVFP4, `[S * P * N]`.
-        bias: `[S * P * N]`; None, for a side input.
-        bound: `[S, 2]`: a row's outputs are at most `bound[s, 0]` times the norm of its input, plus `bound[s, 1]`.
-        streams: S.
-        parts: P, groups of outputs that no tile straddles.
-        dtype: the model's.
-        input, accumulate: as in `Linear`.
-        down, up: the low-rank branch, `[S * R, K]` as a layer of R outputs, and `[S * P * N, R]`.
-    """
-
-    weight: Tensor
-    block_scale: Tensor | None
-    scale: Tensor | None
-    bias: Tensor | None
-    bound: Tensor
-    streams: int
-    parts: int
-    dtype: torch.dtype
-    input: Quant | None
-    accumulate: str
-    down: Packed | None = None
-    up: Tensor | None = None
-
-    @property
-    def n(self) -> int:
-        """Outputs of a part."""
-        return self.weight.shape[0] // (self.streams * self.parts)
-
-    @property
-    def k(self) -> int:
-        return self.weight.shape[1] * (1 if self.block_scale is None else 2)
-
-    @property
-    def format(self) -> str:
-        return "bf16" if self.scale is None else "fp8" if self.block_scale is None else "nvfp4"
-
-
-def pack(streams: Streams, parts: int = 1) -> Packed:
-    """The layer as the kernel reads it.
-
-    Raises:
-        ValueError: streams of unlike formats.
-    """
-    weights = [linear.weight for linear in streams]
-    kinds = {type(weight).__name__ for weight in weights}
-    if len(kinds) != 1:
-        raise ValueError(f"both streams of a layer must have one format, got {' and '.join(sorted(kinds))}")
-    first = streams[0]
-    block_scale = scale = down = up = None
-    if isinstance(weights[0], Tensor):
-        weight = _stack(weights)
-    else:
-        weight = _stack([w.data for w in weights])
-        rows = [w.row_scale if isinstance(w, Fp8) else w.global_scale for w in weights]
-        scale = _stack([r.float().expand(w.data.shape[0]) for r, w in zip(rows, weights, strict=True)])
-        if isinstance(weights[0], Nvfp4):
-            block_scale = _stack([w.block_scale for w in weights])
-    if first.low_rank is not None:
-        ranks = [linear.low_rank for linear in streams]
-        side = Streams(Linear(rank.down, rank.down.new_zeros(len(rank.down))) for rank in ranks)
-        down, up = pack(side), _stack([rank.up for rank in ranks])
-    return Packed(
-        weight=weight,
-        block_scale=block_scale,
-        scale=scale,
-        bias=_stack([linear.bias.float() for linear in streams]),
-        bound=torch.stack([torch.stack((linear.gain, linear.offset)) for linear in streams]),
-        streams=len(streams),
-        parts=parts,
-        dtype=first.dtype,
-        input=first.input,
-        accumulate=first.accumulate,
-        down=down,
-        up=up,
-    )
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    stacked = (tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))).contiguous()
-    return stacked if stacked.data_ptr() % 16 == 0 else stacked.clone()  # a view of a file may lie anywhere
-
-
-# --- contract ---------------------------------------------------------------------------------
-
-
-def check(op: str, xs: Sequence[Activation], layer: Streams | Packed, split: int) -> None:
-    """Raise ValueError on inputs `[B, L, K_i]` that do not fit the layer, or a split that does not fit them."""
-    streams, _, k = extent(layer)
-    shape = xs[0].shape
-    if len(shape) != 3 or any(x.shape[:-1] != shape[:-1] for x in xs):
-        raise ValueError(f"{op}: inputs must be [B, L, K] with the same B and L, got {[list(x.shape) for x in xs]}")
-    if sum(x.shape[-1] for x in xs) != k:
-        raise ValueError(f"{op}: the layer takes K = {k}, got {' + '.join(str(x.shape[-1]) for x in xs)}")
-    if not 0 <= split <= (shape[1] if streams == 2 else 0):
-        raise ValueError(f"{op}: a layer of {streams} streams and {shape[1]} rows cannot split them at {split}")
-
-
-def extent(layer: Streams | Packed) -> tuple[int, int, int]:
-    """Streams, outputs and K of a layer."""
-    if isinstance(layer, Packed):
-        return layer.streams, layer.n * layer.parts, layer.k
-    return len(layer), *layer[0].weight.shape
-
-
-def refuse(xs: Sequence[Activation], layer: Packed, arch: int) -> str | None:
-    """Why the kernel cannot multiply these inputs with this layer, or None."""
-    format = layer.format
-    if layer.dtype not in DTYPES:
-        return f"the kernels compute in bf16 or fp16, the model's dtype is {layer.dtype}"
-    if format == "nvfp4" and arch < 100:
-        return f"NVFP4 needs the block-scaled tensor cores of sm_100 or sm_120, this is sm_{arch}"
-    if layer.accumulate == "f16" and arch != 89:
-        return f"fp16 sums are for sm_89: sm_{arch} multiplies FP8 as fast with fp32 sums"
-    if layer.accumulate != "f32" and format != "fp8":
-        return f"accumulation {layer.accumulate!r} is for FP8, the layer is {format}"
-    if layer.n % 16:
-        return f"N = {layer.n} is not a multiple of 16"
-    for x in xs:
-        kind = "bf16" if isinstance(x, Tensor) else "fp8" if isinstance(x, Fp8) else "nvfp4"
-        unit = 32 if format == "nvfp4" else 16  # rows of 16 bytes, what the tensor memory accelerator addresses
-        codes = x if isinstance(x, Tensor) else x.data
-        if kind != format:
-            return f"the weight is {format}, the input {kind}"
-        if x.shape[-1] % unit:
-            return f"K = {x.shape[-1]} is not a multiple of {unit}"
-        if codes.stride(-1) != 1 or any(s * codes.element_size() % 16 for s in codes.stride()[:-1]):
-            return f"rows must be contiguous and 16 bytes aligned, got strides {codes.stride()}"
-    return None
-
 
 # --- launch -----------------------------------------------------------------------------------
 
@@ -212,12 +68,9 @@ def plan(
     B, L, _ = xs[0].shape
     tma = arch >= 90
     packed = 1 if layer.block_scale is None else 2
-    operands = [_operand(x, tile, tma) for x in xs]
-    (x, x_block, x_scale, stride_xb, stride_xl), (x2, x2_block, x2_scale, stride_x2b, stride_x2l) = (
-        *operands,
-        (None, None, None, 0, 0),
-    )[:2]
-    tiles = B * count(tile, problem("", layer, streams_of(split, L, layer), arch))
+    x, x_block, x_scale, stride_xb, stride_xl = _operand(xs[0], tile, tma)
+    x2, x2_block, x2_scale, stride_x2b, stride_x2l = _operand(xs[1], tile, tma) if len(xs) == 2 else _NOTHING
+    tiles = B * count(tile, streams_of(split, L, layer), layer.n, layer.parts)
     weight = TensorDescriptor.from_tensor(layer.weight, [tile.n, tile.k // packed]) if tma else layer.weight
     args = (
         x, x_block, x_scale,
@@ -249,9 +102,13 @@ def side_input(
         return None, []
     B, L, _ = xs[0].shape
     t = empty("side", (B, L, layer.down.n), layer.dtype)
-    tile = Tile(128, layer.down.n, 64, 4, 4)  # memory-bound: it reads x once
     rows = [dense(x) for x in xs]
-    return t, [plan(store, tile, rows, layer.down, split, (t, t.stride(0)), arch=arch)]
+    return t, [plan(linear, side_tile(layer.down.n), rows, layer.down, split, (t, t.stride(0)), arch=arch)]
+
+
+def side_tile(rank: int) -> Tile:
+    """Memory-bound: it reads x once, in rows of 128 bytes, and the more of them are under way the better."""
+    return Tile(128, rank, 64, 4, 4)
 
 
 def cost(xs: Sequence[Activation], layer: Packed, moved: int) -> tuple[int, int]:
@@ -262,8 +119,12 @@ def cost(xs: Sequence[Activation], layer: Packed, moved: int) -> tuple[int, int]
     return 2 * B * L * outputs * layer.k, weights + sum(map(nbytes, xs)) + moved
 
 
-def _operand(x: Activation, tile: Tile, tma: bool) -> tuple[Any, Tensor | None, Tensor | None, int, int]:
-    """Codes, block scales, row scales, strides of the codes."""
+Operand = tuple[Any, Tensor | None, Tensor | None, int, int]  # codes, block scales, row scales, strides of the codes
+
+_NOTHING: Operand = (None, None, None, 0, 0)
+
+
+def _operand(x: Activation, tile: Tile, tma: bool) -> Operand:
     B, L, _ = x.shape
     codes = x if isinstance(x, Tensor) else x.data
     scale = None if isinstance(x, Tensor) else x.row_scale if isinstance(x, Fp8) else x.global_scale
@@ -274,8 +135,6 @@ def _operand(x: Activation, tile: Tile, tma: bool) -> tuple[Any, Tensor | None, 
 
 
 # --- shipped configurations -------------------------------------------------------------------
-
-LENGTH = 4608  # a 1024 x 1024 image with 512 tokens of text
 
 INSTRUCTIONS = {
     (89, "bf16"): r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
@@ -289,42 +148,6 @@ INSTRUCTIONS = {
     (120, "fp8"): r"mma\.sync\.aligned\.m16n8k32\.row\.col\.kind::mxf8f6f4\.block_scale.*e4m3\.e4m3.*",
     (120, "nvfp4"): r"mma\.sync\.aligned\.m16n8k64\.row\.col\.kind::mxf4nvf4\.block_scale.*e2m1\.e2m1.*",
 }
-
-
-def meta_layer(format: str, accumulate: str, streams: int, n: int, k: int, parts: int = 1, rank: int = 0) -> Packed:
-    """A layer on the meta device, to compile for."""
-    rows = streams * parts * n
-    codes = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "nvfp4": torch.uint8}[format]
-    return Packed(
-        weight=_meta(codes, rows, k // 2 if format == "nvfp4" else k),
-        block_scale=_meta(torch.float8_e4m3fn, rows, k // BLOCK) if format == "nvfp4" else None,
-        scale=None if format == "bf16" else _meta(torch.float32, rows),
-        bias=_meta(torch.float32, rows),
-        bound=_meta(torch.float32, streams, 2),
-        streams=streams,
-        parts=parts,
-        dtype=torch.bfloat16,
-        input=None,
-        accumulate=accumulate,
-        down=meta_layer("bf16", "f32", streams, rank, k) if rank else None,
-        up=_meta(torch.bfloat16, rows, rank) if rank else None,
-    )
-
-
-def meta_input(format: str, k: int, length: int = LENGTH) -> Activation:
-    """An activation `[1, L, K]` on the meta device, with all that a producer can send along."""
-    dense, norm = _meta(torch.bfloat16, 1, length, k), _meta(torch.float32, 1, length)
-    if format == "bf16":
-        return dense
-    if format == "fp8":
-        return Fp8(_meta(torch.float8_e4m3fn, 1, length, k), norm, norm, dense)
-    return Nvfp4(
-        _meta(torch.uint8, 1, length, k // 2), _meta(torch.float8_e4m3fn, 1, length, k // BLOCK), norm, norm, dense
-    )
-
-
-def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def configuration(op: str, arch: int, layer: Packed, tile: Tile, launches: list[Launch], note: str) -> Configuration:
@@ -469,7 +292,7 @@ def _finish(
 
 
 @jit
-def store(
+def linear(
     y, b, row, mask_m, offs_n, mask_n, stream, part, L, split, N,
     y_ptr, stride_yb,                          # [B, L, N]
     CONSTANTS: tl.constexpr,
@@ -482,7 +305,7 @@ def store(
 
 def _name(specialization: Any) -> str:
     """What a profiler shows: the operation, not this file."""
-    return specialization.constants["EPILOGUE"].__name__.strip("_")
+    return specialization.constants["EPILOGUE"].__name__.removeprefix("_")
 
 
 @jit(do_not_specialize=["tiles", "L", "split"], repr=_name)

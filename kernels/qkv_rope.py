@@ -17,75 +17,24 @@ every 128 tokens of a stream and head.    Cost: 6*B*L*K*H*D flops.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fluxkiln.kernels import attention, formats, matmul, tiles
+from fluxkiln.kernels import attention, formats, matmul, packed, tiles
 from fluxkiln.kernels.attention import V_BLOCK, Query, Values
 from fluxkiln.kernels.compile import Configuration
-from fluxkiln.kernels.formats import FP8_MAX, TINY, Activation, Fp8, Quant
+from fluxkiln.kernels.formats import TINY, Activation, Fp8
 from fluxkiln.kernels.language import Launch, constexpr, jit, tl
-from fluxkiln.kernels.layers import EPS, Linear, LowRank, QKNorm, Streams, rows
-from fluxkiln.kernels.matmul import Packed
+from fluxkiln.kernels.layers import EPS, Linear, LowRank, Projection, Streams, rows
+from fluxkiln.kernels.packed import LENGTH, PackedProjection, meta_input, meta_layer
 from fluxkiln.kernels.quantize import Empty, fresh
 from fluxkiln.kernels.tiles import Problem, Tile
 
-# --- layers -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Projection:
-    """The qkv layer of a block: one linear and one pair of norms for each stream.
-
-    Attributes:
-        attention: what q, k and v are written as.
-        query: what q is when it leaves; `raw`, without norm and rotation, for an attention kernel that does both.
-    """
-
-    streams: Streams
-    norms: tuple[QKNorm, ...]
-    attention: Literal["bf16", "fp8"] = "bf16"
-    query: Literal["rotated", "raw"] = "rotated"
-
-    @property
-    def input(self) -> Quant | None:
-        return self.streams.input
-
-    def scale(self, part: Literal["query", "key"]) -> Tensor:
-        """FP8 scale of all q or all k, fp32 `[1]`: rotation keeps the length of a pair, so the bound holds after it."""
-        largest = torch.stack([getattr(norm, part).float().abs().amax() for norm in self.norms]).amax()
-        return (largest * (math.sqrt(self.norms[0].query.shape[0]) / FP8_MAX)).clamp_min(TINY).reshape(1)
-
-
-@dataclass(frozen=True)
-class PackedProjection:
-    """A projection as the kernel reads it: q and k in half layout.
-
-    Attributes:
-        layer: of three parts.
-        norm: `[S, 2, D]` fp32.
-        scale: of q and k in FP8, `[2]` fp32.
-        attention, query: as in `Projection`.
-    """
-
-    layer: Packed
-    norm: Tensor
-    scale: Tensor
-    attention: Literal["bf16", "fp8"]
-    query: Literal["rotated", "raw"]
-
-    @property
-    def input(self) -> Quant | None:
-        return self.layer.input
-
-    @property
-    def head_dim(self) -> int:
-        return self.norm.shape[-1]
+# --- pack -------------------------------------------------------------------------------------
 
 
 def pack(projection: Projection) -> PackedProjection:
@@ -102,7 +51,7 @@ def pack(projection: Projection) -> PackedProjection:
 
     norms = [torch.stack((norm.query, norm.key))[:, half.to(norm.query.device)] for norm in projection.norms]
     return PackedProjection(
-        matmul.pack(Streams(map(permuted, projection.streams)), parts=3),
+        packed.pack(Streams(map(permuted, projection.streams)), parts=3),
         torch.stack(norms).float(),
         torch.cat((projection.scale("query"), projection.scale("key"))),
         projection.attention,
@@ -155,9 +104,9 @@ def candidates(problem: Problem) -> Iterator[Tile]:
 
 def check(x: Activation, projection: Projection | PackedProjection, rope: Tensor, split: int) -> None:
     """Raise ValueError on a call that is wrong for every backend."""
-    packed = isinstance(projection, PackedProjection)
-    matmul.check(OP, (x,), projection.layer if packed else projection.streams, split)
-    head_dim = projection.head_dim if packed else projection.norms[0].query.shape[0]
+    layer = projection.layer if isinstance(projection, PackedProjection) else projection.streams
+    packed.check(OP, (x,), layer, split)
+    head_dim = projection.head_dim
     B, L = x.shape[:2]
     if rope.shape[0] not in (1, B) or tuple(rope.shape[1:]) != (L, head_dim // 2, 2):
         raise ValueError(f"{OP}: rope must be [1 or {B}, {L}, {head_dim // 2}, 2], got {list(rope.shape)}")
@@ -169,7 +118,7 @@ def refuse(x: Activation, projection: PackedProjection, rope: Tensor, split: int
         return f"head dim {projection.head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if rope.dtype != torch.float32 or not rope[0].is_contiguous():
         return f"rope must be fp32 and contiguous, got {rope.dtype}"
-    return matmul.refuse((x,), projection.layer, arch)
+    return packed.refuse((x,), projection.layer, arch)
 
 
 # --- reference --------------------------------------------------------------------------------
@@ -339,11 +288,11 @@ def configurations(arch: int) -> Iterator[Configuration]:
     for (number, format, accumulate), shipped in TILES.items():
         if number != arch:
             continue
-        x = matmul.meta_input(format, 3072)
+        x = meta_input(format, 3072)
         for tile in shipped:
             for streams, target, query in ((2, "bf16", "rotated"), (2, "fp8", "rotated"), (1, "fp8", "raw")):
-                layer = matmul.meta_layer(format, accumulate, streams, 3072, 3072, parts=3)
-                norm, scale, rope = meta(streams, 2, 128), meta(2), meta(1, matmul.LENGTH, 64, 2)
+                layer = meta_layer(format, accumulate, streams, 3072, 3072, parts=3)
+                norm, scale, rope = meta(streams, 2, 128), meta(2), meta(1, LENGTH, 64, 2)
                 projection = PackedProjection(layer, norm, scale, target, query)
                 launches = launch(x, projection, rope, 512 * (streams - 1), arch=arch, tile=tile)[1]
                 note = f"S={streams} -> {target}" + " raw query" * (query == "raw")

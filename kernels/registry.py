@@ -28,8 +28,7 @@ from fluxkiln.kernels import quantize as quantize_rows
 from fluxkiln.kernels.arch import ARCHS, NATIVE, RELATIVE
 from fluxkiln.kernels.compile import Configuration
 from fluxkiln.kernels.language import MISSING, tl
-from fluxkiln.kernels.layers import Streams
-from fluxkiln.kernels.qkv_rope import Projection
+from fluxkiln.kernels.layers import Projection, Streams
 from fluxkiln.kernels.recipe import BY_TILE, Recipe
 
 OPS: dict[str, ModuleType] = {
@@ -95,13 +94,13 @@ def run(op: str, *given: Any, backend: str = "auto", arch: int | None = None, **
 
 def packed(op: str, args: Sequence[Any]) -> list[Any]:
     """The arguments of an operation's `launch`, given those of its `reference`; a residual, overwritten, is a copy."""
-    from fluxkiln.kernels import matmul
+    from fluxkiln.kernels.packed import pack as stacked
 
     def pack(arg: Any) -> Any:
         if isinstance(arg, Projection):
             return qkv_rope.pack(arg)
         if isinstance(arg, Streams):
-            return linear.pack(arg) if op == "linear" else matmul.pack(arg)
+            return linear.pack(arg) if op == "linear" else stacked(arg)
         return arg
 
     operands = [pack(arg) for arg in args]

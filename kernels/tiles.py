@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fluxkiln.kernels.arch import ARCHS
 
@@ -86,9 +88,9 @@ class Problem:
 Table = Mapping[tuple[int, str, str], Sequence[Tile]]  # (arch, format, accumulate) -> tiles, fastest first
 
 
-def count(tile: Tile, problem: Problem) -> int:
-    """Tiles of one image."""
-    return sum(math.ceil(rows / tile.m) for rows in problem.rows) * problem.parts * math.ceil(problem.n / tile.n)
+def count(tile: Tile, rows: Sequence[int], n: int, parts: int = 1) -> int:
+    """Tiles of one image, `rows` of each stream by `parts` of n outputs."""
+    return sum(math.ceil(each / tile.m) for each in rows) * parts * math.ceil(n / tile.n)
 
 
 def fullness(tile: Tile, problem: Problem) -> float:
@@ -97,7 +99,8 @@ def fullness(tile: Tile, problem: Problem) -> float:
     Blocks that share a multiprocessor share its tensor cores: only tiles for each multiprocessor count.
     """
     multiprocessors = MULTIPROCESSORS[problem.arch]
-    computed = math.ceil(count(tile, problem) / multiprocessors) * multiprocessors * tile.m * tile.n
+    waves = math.ceil(count(tile, problem.rows, problem.n, problem.parts) / multiprocessors)
+    computed = waves * multiprocessors * tile.m * tile.n
     return sum(problem.rows) * problem.parts * problem.n / computed
 
 
@@ -115,27 +118,28 @@ def pick(problem: Problem, table: Table) -> Tile:
 
 
 def candidates(problem: Problem, table: Table) -> Iterator[Tile]:
-    """What is worth timing: the table's tiles, then their variations; each has still to compile without spills."""
+    """What is worth timing: the table's tiles, then others; each has still to compile without spills."""
     shipped = tuple(table[problem.arch, problem.format, problem.accumulate])
-    seen = set()
-    for tile in shipped:
-        varied = (
-            replace(tile, warps=warps, stages=stages, pieces=pieces, persistent=persistent, group=group)
-            for warps in (4, 8)
-            for stages in range(2, 6)
-            for pieces in (1, 2, 4)
-            for persistent in (False, True)
-            for group in (8, 16)
-        )
-        for choice in (tile, *varied):
-            buffers = choice.stages * (choice.m + choice.n) * choice.k * _BITS[problem.format] // 8
-            fits = buffers <= ARCHS[problem.arch].shared_limit and choice.m * choice.n <= 4096 * choice.warps
-            if choice not in seen and fits:
-                seen.add(choice)
+    yield from shipped
+    k = shipped[0].k
+    for m, n, warps in ((128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (64, 256, 4), (64, 128, 4)):
+        bytes_of_stage = (m + n) * k * _BITS[problem.format] // 8
+        deepest = min(6, ARCHS[problem.arch].shared_limit // bytes_of_stage)
+        for stages, width, persistent, group in itertools.product(
+            range(max(2, deepest - 1), deepest + 1), (128, 64, 32), (False, True), (8, 16)
+        ):
+            choice = Tile(m, n, k, warps, stages, n // width, 1, group, persistent)
+            if n // width <= 4 and choice not in shipped:
                 yield choice
 
 
 _BITS = {"bf16": 16, "fp8": 8, "nvfp4": 4}
+
+
+@functools.cache
+def section(name: str) -> tuple[dict[str, Any], ...]:
+    """What `tiles.json` says of an operation that is no matrix product: rows as `bench tune` wrote them."""
+    return tuple(json.loads(MEASURED.read_text()).get(name, ())) if MEASURED.exists() else ()
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from torch import Tensor
 from fluxkiln.kernels import linear_gate_residual as op
 from fluxkiln.kernels.formats import Activation, columns, dequantize
 from fluxkiln.kernels.layers import Streams
-from fluxkiln.kernels.matmul import pack
+from fluxkiln.kernels.packed import pack
 from fluxkiln.kernels.tiles import Tile
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fluxkiln.kernels import linear_gelu as op
 from fluxkiln.kernels.formats import F16_PEAK, Activation, Fp8, Nvfp4, Quant, dequantize
 from fluxkiln.kernels.layers import Streams
-from fluxkiln.kernels.matmul import pack
+from fluxkiln.kernels.packed import pack
 from fluxkiln.kernels.tiles import Tile
 
 OUTPUTS = {

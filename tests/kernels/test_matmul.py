@@ -13,19 +13,20 @@ from fluxkiln.kernels import linear as linear_op
 from fluxkiln.kernels import linear_gate_residual, linear_gelu, matmul, qkv_rope, tiles
 from fluxkiln.kernels.formats import Activation, quantize_fp8
 from fluxkiln.kernels.layers import Linear, Streams, by_stream
-from fluxkiln.kernels.matmul import pack
+from fluxkiln.kernels.packed import check as check_call
+from fluxkiln.kernels.packed import pack, refuse
 from fluxkiln.kernels.tiles import Problem, Tile
 
 
 def multiply(x: Activation, streams: Streams, split: int, arch: int, tile: Tile) -> Tensor:
     """The bare product, with the plainest epilogue."""
     packed = pack(streams)
-    assert matmul.refuse((x,), packed, arch) is None
+    assert refuse((x,), packed, arch) is None
     canaries = Canaries()
     y = canaries("y", (*x.shape[:-1], packed.n), torch.bfloat16)
     side, launches = matmul.side_input((x,), packed, split, arch=arch, empty=canaries)
     tensors = (y, y.stride(0))
-    launches.append(matmul.plan(matmul.store, tile, (x,), packed, split, tensors, side=side, arch=arch))
+    launches.append(matmul.plan(matmul.linear, tile, (x,), packed, split, tensors, side=side, arch=arch))
     return run((y, launches), canaries)
 
 
@@ -108,7 +109,7 @@ def test_what_lies_beside_a_stream_stays_out_of_it(arch: int):
         kept[dirt] = False
         packed = pack(streams)
         y = torch.empty_like(clean)
-        matmul.plan(matmul.store, tile, (dirty,), packed, 21, (y, y.stride(0)), arch=arch)()
+        matmul.plan(matmul.linear, tile, (dirty,), packed, 21, (y, y.stride(0)), arch=arch)()
         assert torch.equal(y[:, kept], clean[:, kept])
         assert y[:, ~kept].isnan().all()
 
@@ -118,6 +119,14 @@ def test_fp16_sums_stay_finite_at_the_peak():
     x, weight = torch.ones(1, 4, 256), torch.ones(32, 256)
     streams = layer("fp8", 32, 256, 1, "f16", weight=weight)
     check(activation(x, "fp8", "f16"), streams, 0, 89, small("fp8"))
+
+
+def test_ranks_of_any_size():
+    """Padded to what a tile can be; a stream without a branch gets one of zeros."""
+    text, image = layer("bf16", 48, 64, 1, rank=48)[0], layer("bf16", 48, 64, 1)[0]
+    packed = pack(Streams((text, image)))
+    assert packed.up.shape == (96, 64)
+    check(noise(1, 40, 64).bfloat16(), Streams((text, image)), 15, 90, small("bf16"))
 
 
 def test_scales_that_belong_to_all_rows():
@@ -157,10 +166,11 @@ def test_refusals_give_the_reason():
         ((noise(1, 8, 24).bfloat16(),), layer("bf16", 32, 24), 90, "K = 24 is not a multiple of 16"),
         ((activation(noise(1, 8, 48), "nvfp4"),), layer("nvfp4", 32, 48), 120, "K = 48 is not a multiple of 32"),
         ((noise(1, 64, 8).bfloat16().mT,), streams, 90, "rows must be contiguous"),
-        ((noise(1, 8, 65).bfloat16()[..., 1:],), streams, 90, "16 bytes aligned"),
+        ((noise(1, 8, 65).bfloat16()[..., 1:],), streams, 90, "16 bytes aligned, got strides"),
+        ((noise(1, 8, 72).bfloat16()[..., 4:68],), streams, 90, "starts between two multiples"),
     ):
-        assert reason in (matmul.refuse(inputs, pack(linears), arch) or "accepted"), reason
-    assert matmul.refuse((activation(x, "fp8", "f16"),), pack(fp8), 89) is None
+        assert reason in (refuse(inputs, pack(linears), arch) or "accepted"), reason
+    assert refuse((activation(x, "fp8", "f16"),), pack(fp8), 89) is None
 
 
 def test_bad_calls_say_what_was_expected():
@@ -172,7 +182,7 @@ def test_bad_calls_say_what_was_expected():
         ((noise(1, 8, 64),), 9, "cannot split them at 9"),
     ):
         with pytest.raises(ValueError, match=message):
-            matmul.check("linear_gelu", xs, streams, split)
+            check_call("linear_gelu", xs, streams, split)
     with pytest.raises(ValueError, match="one format, got Fp8 and Tensor"):
         pack(Streams((streams[0], dataclasses.replace(streams[0], weight=quantize_fp8(noise(32, 64))))))
 

@@ -13,8 +13,8 @@ from fluxkiln.kernels import attention
 from fluxkiln.kernels import qkv_rope as op
 from fluxkiln.kernels.attention import Query, Values
 from fluxkiln.kernels.formats import Activation, Fp8
-from fluxkiln.kernels.layers import QKNorm
-from fluxkiln.kernels.qkv_rope import Projection, half_layout
+from fluxkiln.kernels.layers import Projection, QKNorm
+from fluxkiln.kernels.qkv_rope import half_layout
 from fluxkiln.kernels.tiles import Tile
 
 LENGTH, SPLIT = 150, 37
