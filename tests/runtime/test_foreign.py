@@ -28,7 +28,7 @@ FILES = {
         names("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "lora_unet_single_blocks_0_linear1.alpha"),
         "is a LoRA (kohya-ss), not a FLUX.1 transformer; it changes a transformer but is not one",
     ),
-    "lora-diffusers": (names(*(f"transformer.single_transformer_blocks.0.proj_out{x}" for x in LORA)), "LoRA (dif"),
+    "lora-diffusers": (names(*(f"transformer.single_transformer_blocks.0.proj_out{x}" for x in LORA)), "is a LoRA (d"),
     "lora-peft": (names(*(f"base_model.model.double_blocks.0.img_attn.qkv{x}" for x in LORA)), "is a LoRA (PEFT)"),
     "lora-comfyui": (names(*(f"diffusion_model.double_blocks.0.img_attn.qkv{x}" for x in LORA)), "is a LoRA (ComfyUI)"),
     "lora-xlabs": (names("double_blocks.0.processor.qkv_lora1.down.weight"), "is a LoRA (XLabs)"),

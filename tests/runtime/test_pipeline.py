@@ -214,7 +214,8 @@ def run_both(case: Case, dtype: torch.dtype, output: str, **extra: Any) -> tuple
 def test_latents_equal_diffusers(name: str) -> None:
     ours, theirs = run_both(CASES[name], torch.float32, "latent")
     assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() < 1e-4
+    # Some random models drive latents to 153, of which 1e-4 is less than fp32's own noise over the steps.
+    assert (ours - theirs).abs().max() < max(1e-4, 2e-6 * theirs.abs().max())
     assert theirs.abs().max() > 1
 
 
@@ -259,7 +260,8 @@ def test_batches_of_prompts_and_seeds_equal_diffusers() -> None:
     ours = both.pipe(**words(2), **call, num_images_per_prompt=2, seed=seeds).images
     copies = {name: tensor.repeat_interleave(2, 0) for name, tensor in words(2).items()}
     theirs = both.theirs(FluxPipeline)(**copies, **call, generator=[generator(seed) for seed in seeds]).images
-    assert (ours - theirs).abs().max() < 1e-4
+    # Some random models drive latents to 153, of which 1e-4 is less than fp32's own noise over the steps.
+    assert (ours - theirs).abs().max() < max(1e-4, 2e-6 * theirs.abs().max())
 
 
 @torch.no_grad()
