@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 import traceback
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,9 +36,9 @@ from fluxkiln.bench import kernels as bench_kernels
 from fluxkiln.bench.cases import SIZES, everything
 from fluxkiln.bench.kernels import TINY_SIZES, LibraryLinear, Results, identity, line, slug
 from fluxkiln.bench.measure import captured
-from fluxkiln.bench.step import TINY
+from fluxkiln.bench.step import TINY, ByRecipe, RandomWeights, Spec, random_inputs
 from fluxkiln.config import DEV, FluxConfig
-from fluxkiln.kernels import EAGER, Ops, eager_ops, recipe, registry
+from fluxkiln.kernels import EAGER, Ops, eager_ops, registry
 from fluxkiln.kernels.attention import Values
 from fluxkiln.kernels.formats import Fp8, Nvfp4, Quant
 from fluxkiln.kernels.language import Launch
@@ -55,65 +54,29 @@ STEPS = 12  # timed steps of a contestant
 # --- models -----------------------------------------------------------------------------------
 
 
-class RandomLayers(Mapping[str, Any]):
-    """Weights of unit gain for a model, drawn when asked for and not kept; quantised layers come whole.
-
-    Args:
-        config: the model.
-        chosen: which layers are quantised.
-        device: where.
-        library: let the quantised layers call `torch._scaled_mm` with inputs that they quantise themselves.
-    """
-
-    def __init__(self, config: FluxConfig, chosen: Recipe, device: torch.device, library: bool = False) -> None:
-        self.shapes, self.recipe, self.device, self.library = config.tensor_shapes(), chosen, device, library
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes or (f"{name}.weight" in self.shapes and self._rule(str(name)).format != "dense")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
+class LibraryLayers(ByRecipe):
+    """Quantised layers call `torch._scaled_mm`, with inputs that they quantise themselves."""
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self.shapes:
-            dense = Linear(self[f"{name}.weight"], self[f"{name}.bias"], name=name)
-            linear = recipe.quantize(dense, self._rule(name))
-            return LibraryLinear(linear.weight, linear.bias, name=name) if self.library else linear
-        shape = self.shapes[name]
-        g = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
-        x = torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(generator=g)
-        if len(shape) == 2:
-            return x.mul_(shape[1] ** -0.5)
-        return x.mul_(0.1).add_(1.0 if name.endswith(".scale") else 0.1)
+        layer = super().__getitem__(name)
+        return LibraryLinear(layer.weight, layer.bias, name=name) if isinstance(layer, Linear) else layer
 
-    def _rule(self, layer: str) -> recipe.Rule:
-        return self.recipe.rule(layer)
+
+def weights(config: FluxConfig, chosen: Recipe, device: torch.device) -> ByRecipe:
+    """Random weights of a model, each drawn when it is asked for."""
+    return ByRecipe(RandomWeights(config, torch.bfloat16, str(device)), chosen)
 
 
 def inputs(config: FluxConfig, tokens: Tokens, model: Transformer) -> dict[str, Tensor]:
-    """Arguments of `step`, as a schedule would have computed them."""
-    g = torch.Generator(model.device).manual_seed(2)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=model.dtype, device=model.device).normal_(generator=g)
-
-    batch, image = tokens.batch, tokens.image + tokens.reference
-    side = max(1, int(image**0.5))
-    at = torch.arange(image)
-    ids = torch.stack((torch.zeros(image), at // side, at % side), dim=1).to(model.device)
-    return {
-        "img": normal(batch, image, config.in_channels),
-        "txt": normal(batch, tokens.text, config.context_in_dim),
-        "mods": normal(batch, 12 * config.depth + 3 * config.depth_single_blocks + 2, config.hidden_size).mul_(0.3),
-        "rope": model.rope(torch.zeros(tokens.text, 3, device=model.device), ids),
-    }
+    """Arguments of `step`, modulation and rotation computed before, as for a whole schedule."""
+    x = random_inputs(Spec(config, tokens, "bf16", "bf16", "triton", str(model.device)))
+    mods = model.modulate(x["pooled"], x["timestep"], x["guidance"])
+    rope = model.rope(x["txt_ids"], x["img_ids"])
+    return {"img": x["img"], "txt": x["txt"], "mods": mods, "rope": rope}
 
 
 def with_attention(precision: str, attention: str) -> Recipe:
-    return dataclasses.replace(RECIPES[precision], attention=attention)  # type: ignore[arg-type]
+    return dataclasses.replace(RECIPES[precision], attention=attention)
 
 
 # --- first half: proofs -----------------------------------------------------------------------
@@ -192,7 +155,7 @@ class _Step:
         if self._model is None:
             from fluxkiln.kernels.backend import triton_ops
 
-            layers = RandomLayers(self.config, self.recipe, self.device)
+            layers = weights(self.config, self.recipe, self.device)
             self._model = Transformer(self.config, layers, triton_ops(self.device, self.recipe.attention))
         return self._model
 
@@ -200,7 +163,7 @@ class _Step:
         return inputs(self.config, self.tokens, self.model)
 
     def against_eager(self) -> str:
-        layers = RandomLayers(self.config, self.recipe, self.device)
+        layers = weights(self.config, self.recipe, self.device)
         eager = Transformer(self.config, layers, eager_ops(self.recipe.attention)).step(**self.inputs())
         got = self.model.step(**self.inputs())
         difference = verify.error([got.double()], [eager.double()])
@@ -234,7 +197,7 @@ class _Step:
 
     def names(self) -> str:
         x = self.inputs()
-        triton = self.model.ops.pack.__self__  # type: ignore[attr-defined]
+        triton = self.model.ops.pack.__self__
         with triton.collected() as launches:
             self.model.step(**x)
         planned = list(map(kernel_name, launches))
@@ -379,7 +342,9 @@ def _runner(
     if contestant.who.startswith("diffusers"):
         return _diffusers(contestant, config, tokens, device)
     chosen = with_attention(contestant.precision, contestant.attention)
-    layers = RandomLayers(config, chosen, device, library=contestant.who.startswith("library"))
+    layers = weights(config, chosen, device)
+    if contestant.who.startswith("library"):
+        layers = LibraryLayers(RandomWeights(config, torch.bfloat16, str(device)), chosen)
     if contestant.who == "triton":
         from fluxkiln.kernels.backend import compile_step, triton_ops
 
@@ -411,25 +376,11 @@ def _diffusers(
     """diffusers' whole call, modulation included: it has no step of its own."""
     from fluxkiln.bench import peers
 
-    layers = RandomLayers(config, RECIPES["bf16"], device)
-    model = peers.diffusers_transformer(config, {name: layers[name] for name in layers})
+    model = peers.diffusers_transformer(config, dict(RandomWeights(config, torch.bfloat16, str(device))))
     if contestant.who.endswith("compiled"):
-        model.compile_repeated_blocks(fullgraph=True, **({} if device.type == "cuda" else {"backend": "eager"}))  # type: ignore[operator]
-    g = torch.Generator(device).manual_seed(2)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(generator=g)
-
-    image = tokens.image + tokens.reference
-    x = {
-        "img": normal(tokens.batch, image, config.in_channels),
-        "txt": normal(tokens.batch, tokens.text, config.context_in_dim),
-        "pooled": normal(tokens.batch, config.vec_in_dim),
-        "timestep": torch.full((tokens.batch,), 0.75, device=device),
-        "guidance": torch.full((tokens.batch,), 3.5, device=device) if config.guidance_embed else None,
-        "img_ids": torch.zeros(image, 3, device=device),
-        "txt_ids": torch.zeros(tokens.text, 3, device=device),
-    }
+        options = {} if device.type == "cuda" else {"backend": "eager"}
+        model.compile_repeated_blocks(fullgraph=True, **options)
+    x = random_inputs(Spec(config, tokens, "bf16", "bf16", "eager", str(device)))
     return lambda: peers.diffusers_velocity(model, x), model
 
 

@@ -14,9 +14,10 @@ Cost: 4*B*H*L*L*d flops.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -38,6 +39,7 @@ from fluxkiln.kernels.quantize import (
     outputs,
     pointers,
 )
+from fluxkiln.kernels.tiles import section
 
 # --- operands ---------------------------------------------------------------------------------
 
@@ -157,16 +159,17 @@ class Tile:
         return f"{self.m}x{self.n} w{self.warps} s{self.stages} {self.copies}" + " specialised" * self.specialize
 
 
-# (architecture, format of k and v, head dim) -> tile
+# (architecture, format of k and v, head dim) -> tile. On Hopper four warps, so that two programs share a
+# multiprocessor: one has its softmax beside the other's products, where eight warps of one would wait for each other.
 TILES = {
     (89, "bf16", 128): Tile(128, 64, 8, 3, "cp.async"),
     (89, "bf16", 64): Tile(128, 64, 8, 3, "cp.async"),
     (89, "fp8", 128): Tile(128, 64, 8, 3, "cp.async"),
     (89, "fp8", 64): Tile(128, 64, 8, 4, "cp.async"),
-    (90, "bf16", 128): Tile(128, 128, 8, 2, "tma"),
-    (90, "bf16", 64): Tile(128, 128, 8, 3, "tma"),
-    (90, "fp8", 128): Tile(128, 128, 8, 3, "tma"),
-    (90, "fp8", 64): Tile(128, 128, 8, 3, "tma"),
+    (90, "bf16", 128): Tile(128, 64, 4, 2, "tma"),
+    (90, "bf16", 64): Tile(128, 64, 4, 3, "tma"),
+    (90, "fp8", 128): Tile(128, 64, 4, 3, "tma"),
+    (90, "fp8", 64): Tile(128, 64, 4, 3, "tma"),
     (100, "bf16", 128): Tile(128, 128, 8, 2, "tma", specialize=True),
     (100, "bf16", 64): Tile(128, 128, 8, 3, "tma"),
     (100, "fp8", 128): Tile(128, 128, 8, 3, "tma"),
@@ -285,10 +288,11 @@ def _tokens(
         y = tl.reshape(x.load([b, n, h, 0]), (BLOCK, D))
     else:
         stride_b, stride_l, stride_h = strides
-        offs_n = n + tl.arange(0, BLOCK)
-        start = x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-        ptrs = start + offs_n[:, None].to(tl.int64) * stride_l + tl.arange(0, D)[None, :]
-        y = tl.load(ptrs, mask=(offs_n < end)[:, None], other=0.0) if MASKED else tl.load(ptrs)
+        # 64-bit up to the first token, 32-bit within the block: registers are what the loop is short of.
+        start = x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + tl.cast(n, tl.int64) * stride_l
+        offs_n = tl.arange(0, BLOCK)
+        ptrs = start + (offs_n[:, None] * stride_l + tl.arange(0, D)[None, :])
+        y = tl.load(ptrs, mask=(n + offs_n < end)[:, None], other=0.0) if MASKED else tl.load(ptrs)
     return y
 
 
@@ -300,7 +304,7 @@ def _transposed(x, strides, b, h, at, TMA: tl.constexpr, BLOCK: tl.constexpr, D:
     else:
         stride_b, stride_h, stride_d = strides
         start = x + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + at
-        y = tl.load(start + tl.arange(0, D)[:, None].to(tl.int64) * stride_d + tl.arange(0, BLOCK)[None, :])
+        y = tl.load(start + (tl.arange(0, D)[:, None] * stride_d + tl.arange(0, BLOCK)[None, :]))
     return y.T
 
 
@@ -339,14 +343,18 @@ def _dot(x, y, acc, UNIT_SCALES: tl.constexpr):
 def _attend(
     acc, l, m, unit,                           # acc is in multiples of `unit`, the scale of the block of v
     q, k, strides_k, v, strides_v, v_scale_ptr, b, h, lo, hi, at, scale,
-    MASKED: tl.constexpr, FP8: tl.constexpr, UNIT_SCALES: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+    MASKED: tl.constexpr, BRANCH: tl.constexpr, FP8: tl.constexpr, UNIT_SCALES: tl.constexpr, TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Tokens [lo, hi), MASKED if they do not fill the last BLOCK_N; e4m3 v has token lo in block at / 128."""
+    """Tokens [lo, hi), MASKED if they do not fill the last BLOCK_N; e4m3 v has token lo in block at / 128.
+
+    A mask costs a select for each score: BRANCH around it but for the last block. (On sm_89 and sm_120 a branch would
+    send the scores through shared memory; there the last block has a loop of its own.)
+    """
     for n in tl.range(lo, hi, BLOCK_N, warp_specialize=SPECIALIZE):
         k_n = _tokens(k, strides_k, b, h, n, hi, MASKED, TMA, BLOCK_N, D)
         s = _dot(q, k_n.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), UNIT_SCALES)  # [BLOCK_M, BLOCK_N]
-        if MASKED:
+        if MASKED and (not BRANCH or n + BLOCK_N > hi):
             s = tl.where((n + tl.arange(0, BLOCK_N) < hi)[None, :], s, float("-inf"))
 
         # Base 2, with log2(e) in the scale, which is positive: a fused multiply-add and an ex2 for each score.
@@ -373,6 +381,12 @@ def _attend(
 
 
 @jit
+def halves(x, PIECES: tl.constexpr):
+    """`x [M, N]` cut along N into 1 or 2 pieces."""
+    return (x,) if PIECES == 1 else tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@jit
 def _largest(ptr, count):
     """Largest of `count` positive numbers."""
     offs = tl.arange(0, 1024)
@@ -384,7 +398,7 @@ def _largest(ptr, count):
 
 @jit(do_not_specialize=["L", "split", "q_split", "blocks"], repr=lambda _: "attention")
 def _attention_kernel(
-    q, k, v,                                   # pointers, or descriptors of the blocks that `_tokens` loads
+    q, k, v,                                   # k and v: pointers, or descriptors of what `_tokens` loads
     norm_ptr, rope_ptr,                        # of a Query, or None
     q_scale_ptr, k_scale_ptr, v_scale_ptr,     # [B, H], [B, H], [B, H, blocks], or None
     data_ptr, scale_ptr, block_scale_ptr, row_norm_ptr, dense_ptr, static_ptr,
@@ -396,9 +410,9 @@ def _attention_kernel(
     stride_tb, stride_th,                      # k_scale
     L, split, q_split, blocks,                 # split: where the blocks of v start anew
     H: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, SOFTMAX_SCALE: tl.constexpr,
-    STREAMS: tl.constexpr, RAGGED: tl.constexpr, EVEN: tl.constexpr,
+    STREAMS: tl.constexpr, RAGGED: tl.constexpr, EVEN: tl.constexpr, BRANCH: tl.constexpr,
     FP8: tl.constexpr, UNIT_SCALES: tl.constexpr, FORMAT: tl.constexpr, LARGEST: tl.constexpr, PTX: tl.constexpr,
-    TMA: tl.constexpr, SPECIALIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr, SPECIALIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     # One program computes BLOCK_M rows of one head of one image; the grid is (blocks of rows, H, B).
     first = tl.program_id(0) * BLOCK_M
@@ -412,8 +426,8 @@ def _attention_kernel(
         q_scale = tl.load(q_scale_ptr + b * stride_sb + h * stride_sh)
         scale *= q_scale * tl.load(k_scale_ptr + b * stride_tb + h * stride_th)
     strides_q = (stride_qb, stride_ql, stride_qh)
-    # Triton 3.6 cannot specialise warps around a q that came by descriptor.
-    q_m = _tokens(q, strides_q, b, h, first, L, True, TMA and STREAMS == 0 and not SPECIALIZE, BLOCK_M, D)
+    # By pointers, so that q stays in shared memory: by descriptor it would take 64 of the 255 registers of a thread.
+    q_m = _tokens(q, strides_q, b, h, first, L, True, False, BLOCK_M, D)
     if STREAMS > 0:
         x = _norm_and_rotate(q_m, norm_ptr, rope_ptr + b * stride_rb, rows, L, q_split, STREAMS, EPS, BLOCK_M, D)
         q_m = (x / q_scale).to(tl.float8e4nv) if FP8 else x.to(q.dtype.element_ty)
@@ -427,55 +441,86 @@ def _attention_kernel(
     if RAGGED:
         acc, l, m, unit = _attend(
             acc, l, m, unit, q_m, k, strides_k, v, strides_v, head_scale_ptr, b, h, 0, split, 0, scale,
-            True, FP8, UNIT_SCALES, TMA, False, BLOCK_M, BLOCK_N, D,
+            True, BRANCH, FP8, UNIT_SCALES, TMA, False, BLOCK_M, BLOCK_N, D,
         )  # fmt: skip
         acc, l, m, unit = _attend(
             acc, l, m, unit, q_m, k, strides_k, v, strides_v, head_scale_ptr, b, h, split, L, tl.cdiv(split, 128) * 128,
-            scale, True, FP8, UNIT_SCALES, TMA, False, BLOCK_M, BLOCK_N, D,
+            scale, True, BRANCH, FP8, UNIT_SCALES, TMA, False, BLOCK_M, BLOCK_N, D,
+        )  # fmt: skip
+    elif EVEN or BRANCH:
+        acc, l, m, unit = _attend(
+            acc, l, m, unit, q_m, k, strides_k, v, strides_v, head_scale_ptr, b, h, 0, L, 0, scale,
+            not EVEN, BRANCH, FP8, UNIT_SCALES, TMA, SPECIALIZE, BLOCK_M, BLOCK_N, D,
         )  # fmt: skip
     else:
-        # Full blocks without a mask, which would cost a select for each score, then what is left.
-        full = L if EVEN else L // BLOCK_N * BLOCK_N
+        full = L // BLOCK_N * BLOCK_N
         acc, l, m, unit = _attend(
             acc, l, m, unit, q_m, k, strides_k, v, strides_v, head_scale_ptr, b, h, 0, full, 0, scale,
-            False, FP8, UNIT_SCALES, TMA, SPECIALIZE, BLOCK_M, BLOCK_N, D,
+            False, BRANCH, FP8, UNIT_SCALES, TMA, SPECIALIZE, BLOCK_M, BLOCK_N, D,
         )  # fmt: skip
-        if not EVEN:
-            acc, l, m, unit = _attend(
-                acc, l, m, unit, q_m, k, strides_k, v, strides_v, head_scale_ptr, b, h, full, L, full, scale,
-                True, FP8, UNIT_SCALES, TMA, False, BLOCK_M, BLOCK_N, D,
-            )  # fmt: skip
-    o = acc * (unit / l)[:, None]  # [BLOCK_M, D]
+        acc, l, m, unit = _attend(
+            acc, l, m, unit, q_m, k, strides_k, v, strides_v, head_scale_ptr, b, h, full, L, full, scale,
+            True, BRANCH, FP8, UNIT_SCALES, TMA, False, BLOCK_M, BLOCK_N, D,
+        )  # fmt: skip
+    norm = unit / l
 
-    out_rows = b.to(tl.int64) * L + rows
-    elements = out_rows[:, None] * (H * D) + h * D
-    offs_d = tl.arange(0, D)[None, :]
-    mask = mask_m[:, None]
-    if dense_ptr is not None:
-        tl.store(dense_ptr + elements + offs_d, o.to(dense_ptr.dtype.element_ty), mask=mask)
-    if FORMAT == "dense":
-        tl.store(data_ptr + elements + offs_d, o.to(data_ptr.dtype.element_ty), mask=mask)
-    else:
+    if FORMAT != "dense":
         if static_ptr is not None:
             out_scale = tl.load(static_ptr)
         else:
             out_scale = _largest(v_scale_ptr + b * H * blocks, H * blocks) * (448.0 / LARGEST)
         out_scale = tl.zeros((BLOCK_M,), tl.float32) + tl.maximum(out_scale, _TINY)
-        tl.store(scale_ptr + out_rows, out_scale, mask=mask_m & (h == 0))
-        if FORMAT == "fp8":
-            tl.store(data_ptr + elements + offs_d, fp8_codes(o, out_scale[:, None], LARGEST), mask=mask)
+        tl.store(scale_ptr + b.to(tl.int64) * L + rows, out_scale, mask=mask_m & (h == 0))
+    # In two halves where a whole tile of epilogue does not fit the registers; 64-bit up to the image, 32-bit within.
+    image = b.to(tl.int64) * L * (H * D)
+    WIDTH: tl.constexpr = D // PIECES
+    pieces = halves(acc, PIECES)
+    for i in tl.static_range(PIECES):
+        o = pieces[i] * norm[:, None]
+        elements = rows[:, None] * (H * D) + h * D + i * WIDTH
+        ptrs = elements + tl.arange(0, WIDTH)[None, :]
+        if dense_ptr is not None:
+            tl.store(dense_ptr + image + ptrs, o.to(dense_ptr.dtype.element_ty), mask=mask_m[:, None])
+        if FORMAT == "dense":
+            tl.store(data_ptr + image + ptrs, o.to(data_ptr.dtype.element_ty), mask=mask_m[:, None])
+        elif FORMAT == "fp8":
+            tl.store(data_ptr + image + ptrs, fp8_codes(o, out_scale[:, None], LARGEST), mask=mask_m[:, None])
         else:
-            codes, block_scale = nvfp4_blocks(o, out_scale, BLOCK_M, D, PTX)
-            tl.store(data_ptr + elements // 2 + tl.arange(0, D // 2)[None, :], codes, mask=mask)
-            tl.store(block_scale_ptr + elements // 16 + tl.arange(0, D // 16)[None, :], block_scale, mask=mask)
+            codes, block_scale = nvfp4_blocks(o, out_scale, BLOCK_M, WIDTH, PTX)
+            pairs = elements // 2 + tl.arange(0, WIDTH // 2)[None, :]
+            tl.store(data_ptr + image // 2 + pairs, codes, mask=mask_m[:, None])
+            sixteens = elements // 16 + tl.arange(0, WIDTH // 16)[None, :]
+            tl.store(block_scale_ptr + image // 16 + sixteens, block_scale, mask=mask_m[:, None])
 
 
 # --- launch -----------------------------------------------------------------------------------
 
 
-def pick(arch: int, format: str, head_dim: int, describable: bool) -> Tile:
-    """The tile for k and v in `format`; `describable` says whether a TMA descriptor can be made of them."""
-    return TILES[arch if describable else 89, format, head_dim]
+def pick(arch: int, format: str, head_dim: int, length: int, describable: bool = True) -> Tile:
+    """The tile for k and v in `format`: the one measured fastest at the nearest length, or the table's.
+
+    `describable` says whether TMA descriptors can be made of q, k and v.
+    """
+    if not describable:
+        return TILES[89, format, head_dim]
+    kind = {"arch": arch, "format": format, "head_dim": head_dim}
+    known = {
+        row["problem"]["length"]: row["tile"] for row in section("attention") if kind.items() <= row["problem"].items()
+    }
+    if known:
+        return Tile(**known[min(known, key=lambda timed: abs(math.log(timed / length)))])
+    return TILES[arch, format, head_dim]
+
+
+def candidates(arch: int, format: str, head_dim: int) -> Iterator[Tile]:
+    """What is worth timing: the table's tile, then its variations; each has still to compile without spills."""
+    shipped = TILES[arch, format, head_dim]
+    yield shipped
+    for m, n, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
+        for specialize in (False, True) if arch == 100 else (False,):
+            tile = replace(shipped, m=m, n=n, warps=warps, stages=stages, specialize=specialize)
+            if tile != shipped:
+                yield tile
 
 
 def launch(
@@ -487,28 +532,26 @@ def launch(
     fp8 = isinstance(k, Fp8)
     values = bounded(v) if out and out.rule == "bound" else v
     tensors = (_data(q), _data(k), _data(values))
-    tile = tile or pick(arch, "fp8" if fp8 else "bf16", D, all(map(_describable, tensors)))
+    tile = tile or pick(arch, "fp8" if fp8 else "bf16", D, L, all(map(_describable, tensors[1:])))
     y = outputs(out, (B, L, H * D), v.dtype, empty or fresh(tensors[0].device))
 
     # One pass over all tokens, unless v's first stream ends within a block.
     split = values.split if fp8 and values.split % V_BLOCK and values.split < L else 0
     even = split == 0 and L % tile.n == 0
-    operands = list(tensors)
+    k_arg, v_arg = tensors[1:]
     if tile.copies == "tma":
-        boxes = [[1, tile.m, 1, D], [1, tile.n, 1, D], [1, 1, D, tile.n] if fp8 else [1, tile.n, 1, D]]
-        operands = [TensorDescriptor.from_tensor(x, box) for x, box in zip(tensors, boxes, strict=True)]
-    if tile.specialize and even:
-        operands[0] = tensors[0]
+        k_arg = TensorDescriptor.from_tensor(tensors[1], [1, tile.n, 1, D])
+        v_arg = TensorDescriptor.from_tensor(tensors[2], [1, 1, D, tile.n] if fp8 else [1, tile.n, 1, D])
     norm = rope = q_scale = k_scale = None
     q_split, streams, stride_r = 0, 0, 0
     if fp8:
         q_scale, k_scale = q.row_scale if isinstance(q, Fp8) else q.scale.expand(B, L, H), k.row_scale
     if isinstance(q, Query):
-        operands[0], norm, rope, q_split, streams = q.data, q.norm, q.rope, q.split, len(q.norm)
+        norm, rope, q_split, streams = q.norm, q.rope, q.split, len(q.norm)
         stride_r = q.rope.stride(0) if len(q.rope) > 1 else 0
     scale = values.scale if isinstance(values, Values) else None
     args = (
-        *operands,
+        tensors[0], k_arg, v_arg,
         norm, rope,
         q_scale, k_scale, scale,
         *pointers(y, out),
@@ -521,10 +564,11 @@ def launch(
     )  # fmt: skip
     constants = {
         "H": H, "D": D, "EPS": EPS, "SOFTMAX_SCALE": math.log2(math.e) / math.sqrt(D),
-        "STREAMS": streams, "RAGGED": split > 0, "EVEN": even, "FP8": fp8, "UNIT_SCALES": fp8 and arch == 120,
-        "TMA": tile.copies == "tma", "SPECIALIZE": tile.specialize and even,
+        "STREAMS": streams, "RAGGED": split > 0, "EVEN": even, "BRANCH": arch in (90, 100),
+        "FP8": fp8, "UNIT_SCALES": fp8 and arch == 120, "TMA": tile.copies == "tma",
+        "SPECIALIZE": tile.specialize and even,
         "FORMAT": out.format if out else "dense", "LARGEST": largest(out), "PTX": has_e2m1(tensors[0].device, arch),
-        "BLOCK_M": tile.m, "BLOCK_N": tile.n,
+        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "PIECES": 2 if tile.m * D > 64 * 32 * tile.warps else 1,
     }  # fmt: skip
     grid = (-(-L // tile.m), H, B)
     options = constants | {"num_warps": tile.warps, "num_stages": tile.stages}
@@ -555,8 +599,8 @@ def configurations(arch: int) -> Iterator[Configuration]:
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Any:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    for (a, format, D), tile in TILES.items():
-        if a != arch:
+    for number, format, D in TILES:
+        if number != arch:
             continue
         H = 3072 // D
         for L, split, result, inside in (
@@ -578,7 +622,8 @@ def configurations(arch: int) -> Iterator[Configuration]:
                 rope = meta(1, L, D // 2, 2, dtype=torch.float32)
                 q = Query(q, meta(2, D), rope, split, scale if format == "fp8" else None)
             out = Quant(result, "bound") if result else None
-            run = launch(q, k, v, out, arch=arch)[1][0]
+            tile = pick(arch, format, D, L)
+            run = launch(q, k, v, out, arch=arch, tile=tile)[1][0]
             name = f"d={D} L={L} split={split} {tile}" + f" -> {result or 'bf16'}" + " norm and rope inside" * inside
             yield Configuration("attention", format, name, run, INSTRUCTIONS[arch, format], tile.copies)
 
