@@ -5,19 +5,20 @@ wide as the network looks, and only its core is kept. And a GroupNorm needs the 
 which depend on every layer before it, while memory holds one tile. So the statistics are predicted, used for all
 tiles alike (hence no seam), measured on the way, and corrected until both agree:
 
-    predict   a sample of small windows, spread evenly and together as large as one tile, runs layer by layer as one
-              batch; a layer's statistics are those of the sample, corrected by what is known of the difference
+    predict   a sample of small windows, together at most as large as one tile, runs layer by layer as one batch; a
+              layer's statistics are those of the sample, corrected by what is known of the difference
     measure   every tile runs with the predicted statistics, and writes its core of the result; what the statistics
               of the whole image really were gives the next correction
 
-Errors of earlier layers are nearly the same in sample and image, so two or three rounds are enough.
+Errors of earlier layers are nearly the same in sample and image, so two to four rounds are enough for most images.
+No image needs more rounds than there are norms: each round makes at least one more exact, in the order they run.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import EllipsisType
 
@@ -27,9 +28,8 @@ from torch import Tensor, nn
 Norm = Callable[[nn.GroupNorm, Tensor], Tensor]
 Slices = tuple[EllipsisType, slice, slice]
 
-TOLERANCE = 4e-3  # of predicted statistics: of a mean in standard deviations, of a variance relative
-MAX_ROUNDS = 6
-SAMPLE_CORE = 64  # pixels: side of a window of the sample, without its margin
+TOLERANCE = 5e-3  # of predicted statistics: of a mean in standard deviations, of a variance relative
+CELL = 32  # pixels: largest side of a window of the sample, without its margin
 
 
 @dataclass(frozen=True)
@@ -88,29 +88,26 @@ class Cut:
 
     def tiles(self) -> list[Tile]:
         """Tiles of nearly equal size that cover the image."""
+        return self._cut(self.tile, lambda a, b, size: (max(a - self.margin, 0), min(b + self.margin, size)))
+
+    def cells(self) -> list[Tile]:
+        """Small windows that cover the image, all read at one size so that they can run as a batch."""
+        side = CELL + 2 * self.margin
+
+        def window(a: int, b: int, size: int) -> tuple[int, int]:
+            start = min(max(a - self.margin, 0), max(size - side, 0))
+            return start, min(start + side, size)
+
+        whole = (self.size[0] // self.grid * self.grid, self.size[1] // self.grid * self.grid)
+        return replace(self, size=whole)._cut(CELL, window)
+
+    def _cut(self, step: int, outer: Callable[[int, int, int], tuple[int, int]]) -> list[Tile]:
+        """Cut both sides in nearly equal parts of at most `step`; `outer` says what (start, stop, size) reads."""
 
         def spans(size: int) -> list[Span]:
-            points, count = size // self.grid, -(-size // self.tile)
+            points, count = size // self.grid, -(-size // step)
             cuts = [points * i // count * self.grid for i in range(count)] + [size]
-            return [
-                Span(a, b, max(a - self.margin, 0), min(b + self.margin, size)) for a, b in itertools.pairwise(cuts)
-            ]
-
-        return [Tile(rows, columns) for rows in spans(self.size[0]) for columns in spans(self.size[1])]
-
-    def sample(self) -> list[Tile]:
-        """Windows of one size, spread evenly from border to border, together at most as large as a tile."""
-        side = SAMPLE_CORE + 2 * self.margin
-        across = max(1, (self.tile + 2 * self.margin) // side)
-
-        def spans(size: int) -> list[Span]:
-            window = min(side, size)
-            count = min(across, -(-size // SAMPLE_CORE)) if window < size else 1
-            starts = [(size - window) * i // max(count - 1, 1) // self.grid * self.grid for i in range(count)]
-            return [
-                Span(a + self.margin * (a > 0), a + window - self.margin * (a + window < size), a, a + window)
-                for a in starts
-            ]
+            return [Span(a, b, *outer(a, b, size)) for a, b in itertools.pairwise(cuts)]
 
         return [Tile(rows, columns) for rows in spans(self.size[0]) for columns in spans(self.size[1])]
 
@@ -130,21 +127,43 @@ def run_tiled(
     Returns:
         `[1, C', H / pixels_out, W / pixels_out]`.
     """
-    tiles, sample = cut.tiles(), cut.sample()
-    windows = torch.cat([source[tile.outer(pixels_in)] for tile in sample])
-    statistics = SharedNorm()
-    result = None
-    for _ in range(MAX_ROUNDS):
+    tiles = cut.tiles()
+    sample = choose_sample(source, cut, pixels_in)
+    windows = torch.cat([source[window.outer(pixels_in)] for window, _ in sample])
+    statistics, rounds = SharedNorm(), 0
+    result: Tensor | None = None
+    while True:
         network(windows, partial(statistics.predict, sample))
         for tile in tiles:
             part = network(source[tile.outer(pixels_in)], partial(statistics.apply, tile))
             if result is None:
                 result = part.new_empty(1, part.shape[1], *(side // pixels_out for side in cut.size))
             result[tile.core(pixels_out)] = part[tile.inner(part)]
-        if statistics.correct() < TOLERANCE:
-            break
-    assert result is not None
-    return result
+        rounds += 1
+        error, norms = statistics.correct()
+        if result is not None and (not error > TOLERANCE or rounds > norms):  # NaN ends it too
+            return result
+
+
+def choose_sample(source: Tensor, cut: Cut, pixels: int) -> list[tuple[Tile, float]]:
+    """Cells that stand for the whole image `source [1, C, h, w]`, each with the number of cells it stands for.
+
+    Cells are sorted by their energy, the mean square of the deviation from the image's mean, and split in strata of
+    equal share, half by number and half by energy; the middle of each stratum stands for it. So the flat part of an
+    image needs few, and the few cells in which most happens are not missed.
+    """
+    cells = cut.cells()
+    count = max(1, (cut.tile + 2 * cut.margin) ** 2 // (CELL + 2 * cut.margin) ** 2)
+    mean = source.mean((2, 3), keepdim=True, dtype=torch.float32)
+    energies = torch.stack([(source[cell.core(pixels)].float() - mean).square().mean() for cell in cells]).cpu()
+    order = energies.argsort(stable=True)
+    share = (1 + energies[order] / energies.mean().clamp_min(1e-12)).cumsum(0)
+    stratum = (share / share[-1] * count).ceil().clamp(1, count).int()
+    sample = []
+    for members in (order[stratum == i] for i in range(1, count + 1)):
+        if len(members):
+            sample.append((cells[int(members[len(members) // 2])], float(len(members))))
+    return sample
 
 
 class SharedNorm:
@@ -159,11 +178,14 @@ class SharedNorm:
         self._predicted: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
         self._correction: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
 
-    def predict(self, windows: list[Tile], norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    def predict(self, sample: list[tuple[Tile, float]], norm: nn.GroupNorm, x: Tensor) -> Tensor:
         """Normalise the sample `x [N, C, h, w]` with its own, corrected statistics, and remember them."""
-        sums = torch.stack([_sums(row[None][w.inner(x)], norm) for row, w in zip(x, windows, strict=True)]).sum(0)
-        self._sample[norm] = sums
-        mean, var = _moments(sums, norm)
+        sums = [
+            weight * _sums(row[None][window.inner(row[None])], norm)
+            for row, (window, weight) in zip(x, sample, strict=True)
+        ]
+        self._sample[norm] = torch.stack(sums).sum(0)
+        mean, var = _moments(self._sample[norm], norm)
         shift, ratio = self._correction.get(norm, (0.0, 1.0))
         self._predicted[norm] = mean + shift * var.sqrt(), var * ratio
         return affine(norm, x, *self._predicted[norm])
@@ -174,17 +196,17 @@ class SharedNorm:
         self._measured[norm] = self._measured[norm] + sums if norm in self._measured else sums
         return affine(norm, x, *self._predicted[norm])
 
-    def correct(self) -> float:
-        """Learn from the measured statistics; returns how far off the predicted ones were (see `TOLERANCE`)."""
-        worst = 0.0
+    def correct(self) -> tuple[float, int]:
+        """Learn from the measured statistics; returns the largest error of the predicted, and how many norms ran."""
+        errors = []
         for norm, sums in self._measured.items():
             (mean, var), (sample_mean, sample_var) = _moments(sums, norm), _moments(self._sample[norm], norm)
             predicted_mean, predicted_var = self._predicted[norm]
             deviation = (mean - predicted_mean).abs() / predicted_var.sqrt()
-            worst = max(worst, deviation.max().item(), (var / predicted_var - 1).abs().max().item())
+            errors += [deviation.max(), (var / predicted_var - 1).abs().max()]
             self._correction[norm] = (mean - sample_mean) / sample_var.sqrt(), var / sample_var
         self._measured = {}
-        return worst
+        return (torch.stack(errors).max().item() if errors else 0.0), len(errors) // 2
 
 
 def affine(norm: nn.GroupNorm, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
