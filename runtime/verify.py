@@ -91,7 +91,7 @@ def verify(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sizes = FLUX if place.type == "cuda" else SMALL
     verdicts = []
-    for verdict in chain(_operations(sizes, place, backends), _denoises(place, backends)):
+    for verdict in chain(operations(sizes, place, backends), denoises(place, backends)):
         verdicts.append(verdict)
         progress(verdict)
     return verdicts
@@ -100,7 +100,7 @@ def verify(
 # --- operations -------------------------------------------------------------------------------
 
 
-def _operations(sizes: Sizes, device: torch.device, backends: Sequence[str]) -> Iterator[Verdict]:
+def operations(sizes: Sizes, device: torch.device, backends: Sequence[str]) -> Iterator[Verdict]:
     for op, format, args in cases(sizes, device):
         if op == "quantize":
             truth = values(args[0].double())
@@ -205,7 +205,7 @@ TINY = FluxConfig(
 )  # fmt: skip
 
 
-def _denoises(device: torch.device, backends: Sequence[str]) -> Iterator[Verdict]:
+def denoises(device: torch.device, backends: Sequence[str]) -> Iterator[Verdict]:
     for precision in registry.FORMATS:
         chosen = RECIPES[precision]
         layers = {name: _to(layer, device) for name, layer in tiny_model(chosen).items()}

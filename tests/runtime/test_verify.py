@@ -1,0 +1,82 @@
+"""`fluxkiln verify` and `fluxkiln quantize` as a user runs them."""
+
+import json
+
+import pytest
+import torch
+
+from fluxkiln import verify
+from fluxkiln.checkpoint import open_checkpoint, save_checkpoint
+from fluxkiln.cli import main
+from fluxkiln.config import FluxConfig, scaled_axes
+from fluxkiln.kernels import linear_gelu, registry
+from fluxkiln.kernels.formats import Fp8, Nvfp4
+from fluxkiln.verify import SMALL, Verdict
+
+from parity import random_tensors
+
+CPU = torch.device("cpu")
+
+
+def test_every_operation_and_format_is_verified():
+    cases = {(op, format) for op, format, _ in verify.cases(SMALL, CPU)}
+    offered = {(c.op, c.format.split()[0]) for arch in (90, 120) for c in registry.configurations(arch)}
+    assert cases == offered
+
+
+def test_eager_and_triton_pass_here():
+    verdicts = list(verify.operations(SMALL, CPU, ("eager", "triton")))
+    assert [v for v in verdicts if not v.passed] == []
+    assert all(v.refused is None for v in verdicts)
+    assert all(v.eager_error > 0 for v in verdicts)
+
+
+def test_a_wrong_kernel_is_found_out_and_the_exit_code_says_so(monkeypatch, capsys):
+    right = linear_gelu.launch
+
+    def wrong(*args, **options):
+        output, launches = right(*args, **options)
+        scale = {Fp8: "row_scale", Nvfp4: "global_scale"}.get(type(output))
+        return output, [*launches, lambda: (getattr(output, scale) if scale else output).mul_(1.3)]
+
+    monkeypatch.setattr(linear_gelu, "launch", wrong)
+    monkeypatch.setattr(verify, "denoises", lambda device, backends: iter(()))
+    assert main(["verify", "--backend", "triton", "--device", "cpu", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["op"] for row in rows if not row["passed"]} == {"linear_gelu"}
+
+
+def test_a_denoise_on_eager_is_near_the_truth():
+    verdicts = list(verify.denoises(CPU, ("eager",)))
+    errors = {v.format: v.error for v in verdicts}
+    assert 0 < errors["bf16"] < errors["fp8"] < errors["nvfp4"] < 0.1
+
+
+@pytest.mark.long
+def test_a_denoise_on_triton_is_as_near():
+    verdicts = list(verify.denoises(CPU, ("triton",)))
+    assert all(v.passed and v.refused is None for v in verdicts), verdicts
+
+
+def test_what_was_refused_does_not_fail():
+    assert Verdict("linear", "nvfp4", "triton", refused="no such GPU").passed
+    assert Verdict("linear", "bf16", "triton", error=2e-3, eager_error=1.1e-3).passed
+    assert not Verdict("linear", "bf16", "triton", error=2.3e-3, eager_error=1.1e-3).passed
+
+
+@pytest.mark.parametrize(("options", "format"), [([], "fp8"), (["--precision", "nvfp4", "--rank", "16"], "nvfp4")])
+def test_quantize_writes_what_load_takes_as_it_is(tmp_path, capsys, options, format):
+    config = FluxConfig(
+        in_channels=16, out_channels=16, hidden_size=64, num_heads=1, depth=1, depth_single_blocks=1,
+        context_in_dim=32, vec_in_dim=16, axes_dim=scaled_axes(64),
+    )  # fmt: skip
+    source, target = tmp_path / "plain.safetensors", tmp_path / "quantised.safetensors"
+    save_checkpoint(source, ((name, t.bfloat16()) for name, t in random_tensors(config).items()))
+    assert main(["quantize", str(source), str(target), *options, "--device", "cpu", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["bytes"] == target.stat().st_size < source.stat().st_size
+    checkpoint = open_checkpoint(target)
+    assert checkpoint.format("single_blocks.0.linear1.weight") == format
+    assert (checkpoint.low_rank("single_blocks.0.linear1.weight") is not None) == (format == "nvfp4")
+    assert main(["quantize", str(source), str(target), "--recipe", str(tmp_path / "none.json")]) == 1
+    assert "none.json" in capsys.readouterr().err
