@@ -187,7 +187,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm) -> Tensor:
         h = norm(self.norm, x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))  # [B, 1, HW, C]
+        # Only with contiguous channels do PyTorch's fused kernels apply; the other one holds all HW x HW scores.
+        q, k, v = (conv(h).flatten(2).mT.contiguous()[:, None] for conv in (self.q, self.k, self.v))  # [B, 1, HW, C]
         o = scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
         return x + self.proj_out(o)
 
@@ -333,7 +334,9 @@ class Autoencoder(nn.Module):
     `tile` in the methods below is the side of a tile in pixels; None lets the size of the image decide, 0 never tiles.
     Tiling bounds memory: beside one tile with its margin, only the features at latent resolution are whole
     (`[C_deep, H/8, W/8]`, a few copies of them). It shows no seam: tiles are cut where no convolution sees the cut, and
-    all of them share the statistics of every GroupNorm (see `fluxkiln.tiled`).
+    all of them share the statistics of every GroupNorm (see `fluxkiln.tiled`). Largest difference from the untiled
+    image, in tiles of 256 pixels: 0.1/255 with the bundled model, below 1/255 with random weights. It costs 2 to 6
+    times the arithmetic.
     """
 
     def __init__(self, config: AutoencoderConfig | None = None) -> None:

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fluxkiln.autoencoder
 import fluxkiln.tiled
@@ -126,6 +127,14 @@ def test_gradients_agree_with_diffusers() -> None:
     norm = torch.stack([g.norm() for g in grads.values()]).norm()
     for name, p in model.named_parameters():
         assert (p.grad - grads[name]).norm() < 1e-5 * norm, name
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels last"])
+def test_attention_never_holds_all_scores(layout: torch.memory_format) -> None:
+    """Allowed nothing but the fused kernel, PyTorch raises where its conditions are not met."""
+    model = ours(reference(SMALL), SMALL).to(memory_format=layout)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        model.decode(model.encode(picture(40, 56)))
 
 
 def test_names_and_shapes_of_the_real_one_match_diffusers_both_ways() -> None:
