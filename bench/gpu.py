@@ -7,8 +7,8 @@
                                                     eager, compiled, the library's FP8, diffusers
 
 Every row is written as JSON as soon as it is known. A half that runs out of time says so with exit code 3 and goes on
-where it stopped when it is called again. Needs torch and triton only, no network and no installed diffusers;
-`--tiny` rehearses all of it on a CPU.
+where it stopped when it is called again; exit code 1 says that a proof or a kernel failed. Needs torch and triton
+only, no network and no installed diffusers; `--tiny` rehearses all of it on a CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fluxkiln.bench import kernels as bench_kernels
 from fluxkiln.bench.cases import SIZES, everything
 from fluxkiln.bench.kernels import TINY_SIZES, LibraryLinear, Results, identity, line, slug
 from fluxkiln.bench.measure import captured
-from fluxkiln.bench.step import TINY, ByRecipe, RandomWeights, Spec, random_inputs
+from fluxkiln.bench.step import AGREEMENT, TINY, ByRecipe, RandomWeights, Spec, random_inputs
 from fluxkiln.config import DEV, FluxConfig
 from fluxkiln.kernels import EAGER, Ops, eager_ops, registry
 from fluxkiln.kernels.attention import Values
@@ -47,8 +47,9 @@ from fluxkiln.kernels.recipe import RECIPES, Recipe
 from fluxkiln.transformer import Transformer
 from fluxkiln.workload import Tokens
 
-OUT_OF_TIME = 3  # exit code: call again
+DONE, FAILED, OUT_OF_TIME = 0, 1, 3  # exit codes; the last: call again
 STEPS = 12  # timed steps of a contestant
+MOST_SECONDS = 240  # of a contestant, compilation included; one that takes longer must not keep the others from running
 
 
 # --- models -----------------------------------------------------------------------------------
@@ -167,8 +168,8 @@ class _Step:
         eager = Transformer(self.config, layers, eager_ops(self.recipe.attention)).step(**self.inputs())
         got = self.model.step(**self.inputs())
         difference = verify.error([got.double()], [eager.double()])
-        if not difference < 0.1:
-            raise AssertionError(f"differs from eager by {difference:.2e}")
+        if not difference <= AGREEMENT[self.recipe.name]:
+            raise AssertionError(f"differs from eager by {difference:.2e}, allowed is {AGREEMENT[self.recipe.name]}")
         return f"difference {difference:.2e}"
 
     def repeats(self) -> str:
@@ -444,7 +445,7 @@ def _profile_parts(run: Callable[[], Any], median: float) -> dict[str, float]:
     """Seconds of each kernel in one step, those that are not ours together, and what is left of the median."""
     found: dict[str, float] = {}
     for name, seconds in profiled(run):
-        known = name if name in registry.OPS else "linear" if name == "store" else "others"
+        known = name if name in registry.OPS else "others"
         found[known] = found.get(known, 0.0) + seconds
     found["between kernels"] = median - sum(found.values())
     return found
@@ -464,18 +465,22 @@ def compete_all(device: torch.device, results: Results, tiny: bool, deadline: fl
             left = deadline - time.monotonic()
             if left < (0 if tiny else 45):
                 return False
-            command = [sys.executable, "-m", "fluxkiln.bench.gpu", "--contestant", str(number), *["--tiny"] * tiny]
-            command += ["--device", str(device)]
+            # -P: the working directory has a folder `kernels`, which transformers would take for a package.
+            command = [sys.executable, "-P", "-m", "fluxkiln.bench.gpu", "--contestant", str(number)]
+            command += ["--device", str(device), *["--tiny"] * tiny]
             try:
-                run = subprocess.run(command, capture_output=True, text=True, timeout=max(left, 60))
+                run = subprocess.run(command, capture_output=True, text=True, timeout=min(left, MOST_SECONDS))
             except subprocess.TimeoutExpired:
-                return False
-            lines = run.stdout.splitlines()
-            if run.returncode == 0 and lines:
-                row |= json.loads(lines[-1])
+                if left < MOST_SECONDS:
+                    return False
+                row["failed"] = f"took longer than {MOST_SECONDS} s"
             else:
-                row["failed"] = (run.stderr.strip().splitlines() or ["no output"])[-1][:500]
-                print(run.stderr, file=sys.stderr)
+                lines = run.stdout.splitlines()
+                if run.returncode == 0 and lines:
+                    row |= json.loads(lines[-1])
+                else:
+                    row["failed"] = (run.stderr.strip().splitlines() or ["no output"])[-1][:500]
+                    print(run.stderr, file=sys.stderr)
         else:
             row["refused"] = reason
         results.add(row)
@@ -519,35 +524,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.inference_mode():
         if args.contestant is not None:
             print(json.dumps(compete(CONTESTANTS[args.contestant], device, args.tiny)))
-            return 0
-        finished = [
+            return DONE
+        codes = {
             half(device, args)
             for name, half in (("kernels", first_half), ("step", second_half))
             if args.half in (None, name)
-        ]
-    return 0 if all(finished) else OUT_OF_TIME
+        }
+    if OUT_OF_TIME in codes:
+        print(f"out of time, there is more to do: call it again (exit code {OUT_OF_TIME})")
+    return max(codes)
 
 
-def first_half(device: torch.device, args: argparse.Namespace) -> bool:
+def first_half(device: torch.device, args: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * args.minutes
     results = Results(_file("proofs", device, args), identity(device))
     results.add({"kind": "run", "identity": results.identity, "card": bench_kernels.card(device)})
     if not prove(device, results, args.tiny, deadline):
-        return False
+        return OUT_OF_TIME
     timings = Results(_file("kernels", device, args), identity(device))
     arch = bench_kernels.native_arch(device)
     precisions = [f for f in ("fp8", "bf16", "nvfp4") if registry.refuse_format(f, arch) is None]
     chosen = everything(TINY, TINY_SIZES, precisions[:2]) if args.tiny else everything(DEV, SIZES, precisions)
     budget, side = (0.002, 256) if args.tiny else (0.2, 8192)
     show = lambda row: print(line(row), flush=True)  # noqa: E731
-    return bench_kernels.bench(device, timings, chosen, budget, side, deadline, show)
+    if not bench_kernels.bench(device, timings, chosen, budget, side, deadline, show):
+        return OUT_OF_TIME
+    proved = {row["name"]: row["passed"] for row in results.rows}  # the last word on each
+    ours = [row for row in timings.rows if row.get("contestant") == "triton" and "refused" not in row]
+    return DONE if all(proved.values()) and all(row.get("passed") for row in ours) else FAILED
 
 
-def second_half(device: torch.device, args: argparse.Namespace) -> bool:
+def second_half(device: torch.device, args: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * args.minutes
     results = Results(_file("step", device, args), identity(device))
     results.add({"kind": "run", "identity": results.identity, "card": bench_kernels.card(device)})
-    return compete_all(device, results, args.tiny, deadline)
+    if not compete_all(device, results, args.tiny, deadline):
+        return OUT_OF_TIME
+    return FAILED if any(row["who"] == "triton" and "failed" in row for row in results.rows) else DONE
 
 
 def _file(what: str, device: torch.device, args: argparse.Namespace) -> Path:

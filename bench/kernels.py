@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 import fluxkiln.kernels
+from fluxkiln.bench import report
 from fluxkiln.bench.cases import SIZES, Case, arguments, everything
 from fluxkiln.bench.measure import Samples, measure, roofs
 from fluxkiln.bench.step import TINY
@@ -213,9 +214,12 @@ class Results:
         self.path, self.identity = path, dict(identity)
         self.rows: list[dict[str, Any]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        for row in known:  # a run's rows follow its header; those of another identity do not count
-            if row["kind"] == "run":
+        if path.exists() and not path.read_bytes().endswith(b"\n"):  # a run was stopped while it wrote
+            with path.open("a") as file:
+                file.write("\n")
+        current = False
+        for row in report.lines(path) if path.exists() else ():
+            if row["kind"] == "run":  # its rows follow; those of another identity do not count
                 current = row["identity"] == self.identity
             elif current:
                 self.rows.append(row)
@@ -238,10 +242,10 @@ def identity(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def source_digest() -> str:
-    """Of the kernels' source and tables."""
+    """Of the kernels' source and measured tables."""
     folder = Path(fluxkiln.kernels.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted((*folder.glob("*.py"), *folder.glob("*.json"))):
+    for path in sorted((*folder.glob("*.py"), *folder.glob("tiles.json"))):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

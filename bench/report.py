@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,21 @@ SIZE = "1024x1024"
 Row = dict[str, Any]
 
 
+def lines(path: Path) -> Iterator[Row]:
+    """The rows of a file, but for one that was cut off when a run was stopped."""
+    for text in path.read_text().splitlines():
+        try:
+            yield json.loads(text)
+        except ValueError:
+            continue
+
+
 def read(path: Path) -> tuple[Row, list[Row]]:
     """The last run's header, and all rows of the same kernels, GPU and versions."""
     header: Row = {}
     rows: list[tuple[Any, Row]] = []
     identity = None
-    for text in path.read_text().splitlines():
-        row = json.loads(text)
+    for row in lines(path):
         if row["kind"] == "run":
             header, identity = row, row["identity"]
         else:
@@ -50,7 +58,7 @@ def kernels_table(header: Mapping[str, Any], rows: Sequence[Row]) -> str:
     for row in timed(rows):
         if row["kind"] == "kernel" and row["size"] == SIZE:
             cases.setdefault(row["case"], {})[row["contestant"]] = row
-    lines = [
+    table = [
         "| operation | shape | format | µs | rate | % of roof | library | unfused |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -61,22 +69,22 @@ def kernels_table(header: Mapping[str, Any], rows: Sequence[Row]) -> str:
         rate = f"{ours['tflops']:.0f} TFLOP/s" if "tflops" in ours else f"{ours['gbytes_per_s']:.0f} GB/s"
         library = [row["us"] for name, row in case.items() if name in ("flash", "cudnn") or name.startswith("product")]
         unfused = [row["us"] for name, row in case.items() if name in ("unfused", "eager" * (ours["format"] == "bf16"))]
-        lines.append(
+        table.append(
             f"| `{ours['place']}` | {ours['shape']} | {_formats(ours)} | {ours['us']:.1f} | {rate} "
             f"| {ours['percent_of_roof']:.0f} | {_best(library)} | {_best(unfused)} |"
         )
     return "\n".join(
-        [_caption(header, f"Kernels at {SIZE}, batch 1, cold L2, medians; library and unfused in µs"), *lines]
+        [_caption(header, f"Kernels at {SIZE}, batch 1, cold L2, medians; library and unfused in µs"), *table]
     )
 
 
 def step_table(header: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """A step by each contestant."""
-    lines = ["| step of FLUX.1 dev | ms | TFLOP/s | peak memory |", "|---|---|---|---|"]
+    table = ["| step of FLUX.1 dev | ms | TFLOP/s | peak memory |", "|---|---|---|---|"]
     for row in sorted(timed(rows), key=lambda row: (row["size"], row["ms"])):
         memory = f"{row['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in row else "–"
-        lines.append(f"| {row['contestant']} | {row['ms']:.1f} | {row['tflops']:.0f} | {memory} |")
-    return "\n".join([_caption(header, "One denoise step, random weights, medians"), *lines])
+        table.append(f"| {row['contestant']} | {row['ms']:.1f} | {row['tflops']:.0f} | {memory} |")
+    return "\n".join([_caption(header, "One denoise step, random weights, medians"), *table])
 
 
 def _formats(row: Row) -> str:

@@ -1,0 +1,281 @@
+"""The kernel benchmark: that it covers the step, resumes, says what was wrong, and reports only what was measured."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from fluxkiln import workload
+from fluxkiln.bench import gpu, kernels, report, tune
+from fluxkiln.bench.cases import SIZES, arguments, cases, everything
+from fluxkiln.bench.kernels import TINY_SIZES, Results
+from fluxkiln.bench.measure import Samples, measure, roofs
+from fluxkiln.bench.step import TINY
+from fluxkiln.config import DEV
+from fluxkiln.kernels import attention, registry, tiles
+from fluxkiln.kernels.formats import Fp8
+
+CPU = torch.device("cpu")
+
+
+# --- the timer --------------------------------------------------------------------------------
+
+
+def test_samples_give_order_statistics():
+    samples = Samples(tuple(1e-6 * n for n in (5, 1, 4, 2, 3)), "launched")
+    assert samples.row() == {"us": 3.0, "us_p20": 2.0, "us_p80": 5.0, "samples": 5, "timed": "launched"}
+
+
+def test_a_run_is_counted_as_often_as_it_is_timed():
+    runs = []
+    samples = measure(lambda: runs.append(None), CPU, budget=1e-4)
+    assert len(runs) == len(samples.seconds) + 1  # the first does not count
+    assert len(samples.seconds) >= 5
+
+
+def test_roofs_are_measured_here():
+    found = roofs(CPU, ("bf16", "fp8"), side=64, budget=1e-3)
+    assert set(found) == {"copy", "bf16"}  # a CPU has no library product in FP8
+    assert all(rate > 0 for rate in found.values())
+
+
+# --- the cases --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "nvfp4"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_cases_of_a_step_are_the_step(size: str, precision: str):
+    found = cases(DEV, SIZES[size], size, precision)
+    step = workload.step(DEV, SIZES[size], "bf16", lambda name: precision if "blocks." in name else "bf16")
+    assert sum(case.count for case in found) == len(step)
+    assert sum(case.count * case.call.flops for case in found) == sum(call.flops for call in step)
+    counted: Counter = Counter()
+    for case in found:
+        counted[case.op] += case.count
+    assert counted == Counter(call.op for call in step)
+
+
+def test_every_case_has_a_name_of_its_own():
+    found = everything(DEV, SIZES, ("bf16", "fp8", "nvfp4"))
+    assert len({case.key for case in found}) == len(found)
+    assert {case.format for case in found if case.op == "attention"} == {"bf16", "fp8"}
+
+
+@pytest.mark.parametrize("case", everything(TINY, TINY_SIZES, ("bf16", "fp8", "nvfp4")), ids=lambda case: case.key)
+def test_arguments_are_what_the_operation_takes(case):
+    module, args = registry.OPS[case.op], arguments(case, CPU)
+    module.check(*args)
+    y = module.reference(*args)
+    rows, width = case.call.result
+    if case.op == "qkv_rope":
+        q = y[0]
+        assert isinstance(q, Fp8) == (case.attention == "fp8")
+        assert (q if isinstance(q, torch.Tensor) else q.data).shape[1:] == (rows, TINY.num_heads, TINY.head_dim)
+    else:
+        assert tuple(y.shape) == (1, rows, width)
+    again = arguments(case, CPU)
+    assert torch.equal(torch.as_tensor(_first(args)), torch.as_tensor(_first(again)))
+
+
+def _first(args):
+    x = args[0]
+    while isinstance(x, tuple):
+        x = x[0]
+    return x if isinstance(x, torch.Tensor) else x.data.view(torch.uint8)
+
+
+# --- the benchmark ----------------------------------------------------------------------------
+
+
+def attention_case():
+    return next(case for case in everything(TINY, TINY_SIZES, ("fp8",)) if case.op == "attention")
+
+
+def test_rows_are_written_as_they_come_and_not_measured_twice(tmp_path):
+    path, case = tmp_path / "kernels.jsonl", attention_case()
+    results = Results(path, {"source": "a"})
+    assert kernels.bench(CPU, results, [case], budget=1e-4, side=64)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[0]["kind"] == "run"
+    assert rows[-1] == {"kind": "done", "case": case.key}
+    ours = next(row for row in rows if row.get("contestant") == "triton")
+    assert ours["passed"]
+    assert ours["us"] > 0
+    assert ours["error"] <= 2 * ours["eager_error"] + 1e-6
+
+    again = Results(path, {"source": "a"})
+    assert kernels.bench(CPU, again, [case], budget=1e-4, side=64)
+    assert len(path.read_text().splitlines()) == len(rows)
+    other = Results(path, {"source": "b"})  # other kernels: what was measured does not count
+    assert not other.rows
+
+
+def test_a_row_cut_off_costs_no_other(tmp_path):
+    path = tmp_path / "kernels.jsonl"
+    first = Results(path, {"source": "a"})
+    first.add({"kind": "run", "identity": first.identity})
+    first.add({"kind": "done", "case": "one"})
+    path.write_text(path.read_text() + '{"kind": "done", "ca')
+    again = Results(path, {"source": "a"})
+    assert again.rows == [{"kind": "done", "case": "one"}]
+    again.add({"kind": "done", "case": "two"})
+    assert Results(path, {"source": "a"}).has(kind="done", case="two")
+
+
+def test_no_case_is_begun_after_the_deadline(tmp_path):
+    results = Results(tmp_path / "kernels.jsonl", {})
+    assert not kernels.bench(CPU, results, [attention_case()], budget=1e-4, side=64, deadline=0.0)
+    assert not results.rows
+
+
+def test_a_wrong_kernel_is_seen(tmp_path, monkeypatch):
+    launch = attention.launch
+
+    def broken(q, k, v, out=None, **options):
+        return launch(k, q, v, out, **options)
+
+    monkeypatch.setattr(attention, "launch", broken)
+    results = Results(tmp_path / "kernels.jsonl", {})
+    kernels.bench(CPU, results, [attention_case()], budget=1e-4, side=64)
+    ours = next(row for row in results.rows if row.get("contestant") == "triton")
+    assert ours.get("failed") or ours["passed"] is False
+    assert not [row for row in report.timed(results.rows) if row["contestant"] == "triton"]
+
+
+def test_a_gpu_is_needed_for_the_real_shapes(capsys):
+    from fluxkiln.cli import main
+
+    for command in ("kernels", "tune"):
+        assert main(["bench", command, "--device", "cpu"]) == 1
+        assert "--tiny" in capsys.readouterr().err
+
+
+# --- what a GPU proves ------------------------------------------------------------------------
+
+
+def test_proofs_resume_and_failures_are_tried_again(tmp_path, monkeypatch):
+    outcomes = {"good": lambda: "yes", "bad": lambda: 1 / 0}
+    monkeypatch.setattr(gpu, "proofs", lambda device, tiny: iter(outcomes.items()))
+    results = Results(tmp_path / "proofs.jsonl", {})
+    assert gpu.prove(CPU, results, tiny=True, deadline=float("inf"))
+    assert [(row["name"], row["passed"]) for row in results.rows] == [("good", True), ("bad", False)]
+    outcomes["bad"] = lambda: "mended"
+    gpu.prove(CPU, results, tiny=True, deadline=float("inf"))
+    assert [(row["name"], row["passed"]) for row in results.rows][2:] == [("bad", True)]
+    assert not gpu.prove(CPU, Results(tmp_path / "new.jsonl", {}), tiny=True, deadline=0.0)
+
+
+def test_the_parts_of_a_step_add_up():
+    row = gpu.compete(gpu.Contestant("eager", "bf16"), CPU, tiny=True)
+    assert set(row["parts_ms"]) == {call.op for call in workload.step(TINY, TINY_SIZES["tiny"])}
+    assert all(value >= 0 for value in row["parts_ms"].values())
+    assert row["ms"] > 0
+
+
+def test_launches_are_known_by_their_operation():
+    for case in everything(TINY, TINY_SIZES, ("fp8",)):
+        todo = kernels.launches(case.op, arguments(case, CPU), CPU)[1]
+        names = {gpu.kernel_name(launch) for launch in todo}
+        assert names == {case.op}
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def written(tmp_path, name: str, rows: list[dict]):
+    header = {
+        "kind": "run", "identity": {"versions": {"gpu": "a GPU", "torch": "2"}}, "card": {"date": "2026-01-01T00:00"},
+        "roofs": {"copy": 1e12, "bf16": 1e14, "fp8": 2e14},
+    }  # fmt: skip
+    path = tmp_path / name
+    path.write_text("\n".join(map(json.dumps, (header, *rows))) + "\n")
+    return path
+
+
+def kernel_row(contestant: str, us: float, **more) -> dict:
+    return {
+        "kind": "kernel", "case": "c", "op": "attention", "place": "attention", "size": "1024x1024", "shape": "S",
+        "format": "bf16", "result": "fp8", "flops": 10**12, "bytes": 10**8, "contestant": contestant, "us": us,
+        "tflops": 500.0, "gbytes_per_s": 1.0, "percent_of_roof": 60.0, **more,
+    }  # fmt: skip
+
+
+def test_only_what_was_measured_and_right_is_reported(tmp_path):
+    written(tmp_path, "kernels-x.jsonl", [kernel_row("triton", 100.0, passed=True), kernel_row("flash", 120.0)])
+    written(tmp_path, "kernels-y.jsonl", [kernel_row("triton", 77.0, passed=False)])
+    written(tmp_path, "kernels-cpu-tiny.jsonl", [kernel_row("triton", 55.0, passed=True)])
+    steps = [
+        {"kind": "step", "contestant": "one", "size": "1024x1024", "ms": 80.0, "tflops": 900.0, "peak_bytes": 2**34},
+        {"kind": "step", "contestant": "two", "size": "1024x1024", "failed": "out of memory"},
+    ]
+    written(tmp_path, "step-x.jsonl", steps)
+    text = report.markdown(tmp_path)
+    assert "| `attention` | S | bf16 → fp8 | 100.0 | 500 TFLOP/s | 60 | 120.0 | – |" in text
+    assert "| one | 80.0 | 900 | 16.0 GiB |" in text
+    assert "77.0" not in text
+    assert "55.0" not in text
+    assert "two" not in text
+
+
+def test_the_readme_is_written_between_its_marks(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.START}old\n{report.END}\nafter\n")
+    report.write_readme(readme, "table")
+    assert readme.read_text() == f"before\n{report.START}\ntable\n\n{report.END}\nafter\n"
+    report.write_readme(readme, "")
+    assert readme.read_text() == f"before\n{report.START}{report.END}\nafter\n"
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="to write between"):
+        report.write_readme(readme, "table")
+
+
+def test_plots_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib draws the plots: pip install 'fluxkiln[dev]'")
+    written(tmp_path, "kernels-x.jsonl", [kernel_row("triton", 100.0, passed=True)])
+    step = {"kind": "step", "contestant": "one", "size": "s", "ms": 3.0, "tflops": 1.0}
+    step["parts_ms"] = {"attention": 2.0, "others": 1.0}
+    written(tmp_path, "step-x.jsonl", [step])
+    report.main(["--results", str(tmp_path), "--plots", str(tmp_path / "plots")])
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"kernels-x.svg", "step-x.svg"}
+
+
+# --- tuned tiles ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    path = tmp_path / "tiles.json"
+    monkeypatch.setattr(tiles, "MEASURED", path)
+    tiles.section.cache_clear()
+    yield path
+    monkeypatch.undo()
+    tiles.section.cache_clear()
+
+
+def test_a_measured_tile_is_picked_at_the_nearest_length(table):
+    problem = {"arch": 90, "format": "bf16", "head_dim": 128, "length": 4608}
+    fast, slow = ({"m": 128, "n": n, "warps": 8, "stages": 2, "copies": "tma", "specialize": False} for n in (128, 32))
+    tune.merge(table, "attention", {"problem": problem, "tile": slow})
+    tune.merge(table, "attention", {"problem": problem, "tile": fast})  # in place of the first
+    tune.merge(table, "attention", {"problem": problem | {"length": 1536}, "tile": slow})
+    assert len(json.loads(table.read_text())["attention"]) == 2
+    assert attention.pick(90, "bf16", 128, 4173) == attention.Tile(**fast)
+    assert attention.pick(90, "bf16", 128, 1000) == attention.Tile(**slow)
+    assert attention.pick(90, "fp8", 128, 4608) == attention.TILES[90, "fp8", 128]
+    assert attention.pick(90, "bf16", 128, 4608, describable=False).copies == "cp.async"
+    assert tiles.measured.__wrapped__() == {}
+
+
+@pytest.mark.parametrize("case", everything(TINY, TINY_SIZES, ("fp8",)), ids=lambda case: case.key)
+def test_the_shipped_tile_is_the_first_candidate_and_none_comes_twice(case):
+    if case.op not in tune.TUNED:
+        pytest.skip("not tuned: it runs once in a step")
+    operands = registry.packed(case.op, arguments(case, CPU))
+    section, problem, found = tune.search(case, operands, 90)
+    assert section in ("rows", case.op)
+    assert len(found) > 3
+    assert len(set(found)) == len(found)
+    shipped = kernels.launches(case.op, arguments(case, CPU), CPU)[1][-1].options
+    assert problem["arch"] == 90
+    assert shipped["num_warps"] in {tile.warps for tile in found}
