@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,9 +34,12 @@ from fluxkiln.kernels.recipe import RECIPES, Recipe, quantize
 from fluxkiln.load import default_device
 from fluxkiln.measurements import TIMED, keep, local_folder
 from fluxkiln.record import versions
-from fluxkiln.select import choose
-from fluxkiln.transformer import Transformer
+from fluxkiln.select import Choice, choose
+from fluxkiln.transformer import Network, Transformer
 from fluxkiln.workload import Tokens
+
+if TYPE_CHECKING:
+    from fluxkiln.engines.store import Stored
 
 TINY = FluxConfig(16, 16, 128, 2, 2, 2, 4.0, 64, 32, True, scaled_axes(64))
 CONFIGS = {"dev": DEV, "schnell": SCHNELL, "kontext": DEV, "fill": FILL, "control": CONTROL, "tiny": TINY}
@@ -160,10 +163,33 @@ def diffusers_call(spec: Spec, tensors: Mapping[str, Tensor]) -> Contestant:
 CONTESTANTS = {"fluxkiln": fluxkiln_call, TIMED: fluxkiln_step, "diffusers": diffusers_call}
 
 
-def _transformer(spec: Spec, tensors: Mapping[str, Tensor]) -> Transformer:
-    recipe, device = RECIPES[spec.precision], torch.device(spec.device)
-    choice = choose(spec.backend, spec.config, recipe, device, DTYPES[spec.dtype])
-    return Transformer(spec.config, ByRecipe(tensors, recipe), choice.ops)
+def _transformer(spec: Spec, tensors: Mapping[str, Tensor]) -> Network:
+    layers = ByRecipe(tensors, RECIPES[spec.precision])
+    choice = _choose(spec.backend, spec.config, spec.precision, torch.device(spec.device), spec.dtype)
+    if choice.engine is not None:
+        from fluxkiln.engine import EngineTransformer, supply
+
+        return EngineTransformer(spec.config, layers, choice.engine, supply(choice.engine, layers))
+    assert choice.ops is not None
+    return Transformer(spec.config, layers, choice.ops)
+
+
+def _choose(backend: str, config: FluxConfig, precision: str, device: torch.device, dtype: str) -> Choice:
+    """A backend; `trt` runs an engine without weights that the store has for such a model."""
+    recipe = RECIPES[precision]
+
+    def shadow() -> ByRecipe:
+        shapes = config.tensor_shapes().items()
+        return ByRecipe(
+            {name: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for name, shape in shapes}, recipe
+        )
+
+    def find() -> Stored | str:
+        from fluxkiln.engine import find
+
+        return find(config, recipe, device, DTYPES[dtype], shadow)
+
+    return choose(backend, config, recipe, device, DTYPES[dtype], find=find)
 
 
 # --- time ----------------------------------------------------------------------------------------
@@ -201,8 +227,11 @@ def agreement(a: Tensor, b: Tensor) -> float:
 def memory(spec: Spec, name: str) -> dict[str, int] | None:
     """Bytes of a contestant's weights and of the peak that its step adds, in a process of its own.
 
-    On a GPU what the allocator handed out, elsewhere the resident set; None where the system cannot reset its peak.
+    On a GPU what the allocator handed out, elsewhere the resident set; None where the system cannot reset its peak, and
+    for an engine, whose weights torch's allocator does not see.
     """
+    if spec.backend == "trt" and name != "diffusers":
+        return None
     if not spec.device.startswith("cuda") and not Path("/proc/self/clear_refs").exists():
         return None
     with ProcessPoolExecutor(1, get_context("spawn")) as alone:
@@ -356,7 +385,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, metavar="N")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--precision", choices=AGREEMENT, help="of the blocks' linears (default: the dtype)")
-    parser.add_argument("--backend", default="auto", help="auto, eager or triton (default auto)")
+    parser.add_argument("--backend", default="auto", help="auto, eager, triton or trt (default auto)")
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--peer", choices=("diffusers",), help="measure this beside it, on the same weights")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed runs of each (default 7)")
@@ -400,7 +429,7 @@ def spec_of(args: argparse.Namespace) -> Spec:
     device, precision = default_device(args.device), args.precision or args.dtype
     if args.dtype == "fp32" and precision == "bf16":
         raise ValueError("precision bf16 is a dtype as well: give --dtype bf16")
-    choice = choose(args.backend, config, RECIPES[precision], device, DTYPES[args.dtype])
+    choice = _choose(args.backend, config, precision, device, args.dtype)
     return Spec(config, tokens, args.dtype, precision, choice.backend, str(device))
 
 

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from fluxkiln.engines.store import Store, Stored, StoreError, default_root, refuse_here
+from fluxkiln.engines.store import Store, Stored, default_root, refuse_here
 
 LEFTOVER_SECONDS = 24 * 3600
 
@@ -28,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
     if args.take:
         print(f"added {store.take(args.take).folder}")
     elif args.export:
-        print(f"wrote {store.export(_one(store, args.export[0]), args.export[1])}")
+        print(f"wrote {store.export(store.one(args.export[0]), args.export[1])}")
     elif args.remove:
-        store.remove(_one(store, args.remove))
+        store.remove(store.one(args.remove))
         print(f"removed {args.remove}")
     elif args.prune:
         damaged = [stored for stored in store if store.verify(stored)]
@@ -52,7 +52,12 @@ def _list(store: Store, verify: bool, as_json: bool) -> None:
         rows.append((stored, refusal))
     if as_json:
         listing = [
-            {"folder": str(s.folder), "manifest": asdict(s.manifest) if s.manifest else None, "refused": refusal}
+            {
+                "folder": str(s.folder),
+                "manifest": asdict(s.manifest) if s.manifest else None,
+                "header": asdict(s.header) if s.header else None,
+                "refused": refusal,
+            }
             for s, refusal in rows
         ]
         json.dump(listing, sys.stdout, indent=1)
@@ -69,8 +74,9 @@ def _line(stored: Stored) -> str:
     if stored.manifest is None:
         return "damaged"
     m, s = stored.manifest, stored.manifest.subject
+    inside = f" ({stored.header.weight_bytes / 1e6:.1f} MB)" if stored.header and s.weights == "inside" else ""
     return (
-        f"{m.model_name} {s.precision} {s.arch}, weights {s.weights}, {m.nbytes / 1e6:.1f} MB, "
+        f"{m.model_name} {s.precision} {s.arch}, weights {s.weights}{inside}, {m.nbytes / 1e6:.1f} MB, "
         f"{s.flavour} {s.version}, built in {m.seconds:.0f} s"
     )
 
@@ -79,23 +85,9 @@ def this_machine() -> tuple[str | None, dict[str, str]]:
     """The GPU's architecture, and installed flavour -> version."""
     import torch
 
-    from fluxkiln.engines.flavour import PACKAGE, MissingFlavourError, flavour
+    from fluxkiln.engines.flavour import installed
 
-    versions = {}
-    for name in PACKAGE:
-        try:
-            versions[name] = flavour(name).version
-        except MissingFlavourError:
-            continue
-    arch = None
+    versions, arch = installed(), None
     if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        arch = f"sm_{major}{minor}"
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
     return arch, versions
-
-
-def _one(store: Store, key: str) -> Stored:
-    found = [stored for stored in store if stored.folder.name.startswith(key)]
-    if len(found) != 1:
-        raise StoreError(f"{len(found)} engines in {store.root} begin with {key!r}, expected one")
-    return found[0]

@@ -6,9 +6,10 @@ on the GPU that will run the engine, data centre cards included.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,6 +58,17 @@ def flavour(name: FlavourName = "tensorrt_rtx") -> Flavour:
     return Flavour(name, api, api.__version__)
 
 
+def installed() -> dict[str, str]:
+    """Installed flavour -> version."""
+    versions = {}
+    for name in PACKAGE:
+        try:
+            versions[name] = flavour(name).version
+        except MissingFlavourError:
+            continue
+    return versions
+
+
 class Log:
     """The one logger that TensorRT keeps for a process, and who listens to it.
 
@@ -76,6 +88,21 @@ class Log:
 
         self.listeners: list[Callable[[str, str], None]] = []
         self.logger = Logger()
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[list[str]]:
+        """The errors that are said inside, in order."""
+        said: list[str] = []
+
+        def listen(severity: str, message: str) -> None:
+            if severity in ("ERROR", "INTERNAL_ERROR"):
+                said.append(message)
+
+        self.listeners.append(listen)
+        try:
+            yield said
+        finally:
+            self.listeners.remove(listen)
 
 
 @functools.cache

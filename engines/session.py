@@ -1,4 +1,4 @@
-"""Running an engine on torch tensors, on torch's stream, without copies.
+"""Running an engine on torch tensors and torch's stream.
 
 Not verified on hardware here: nothing in this file can run without an NVIDIA GPU that the engine was built for.
 `fluxkiln verify --engines` runs it against eager on a machine that has one.
@@ -6,17 +6,19 @@ Not verified on hardware here: nothing in this file can run without an NVIDIA GP
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fluxkiln.engines.flavour import Flavour, FlavourName, flavour, log
-from fluxkiln.engines.store import refit_name
+from fluxkiln.engines.flavour import Flavour, FlavourName, Log, flavour, log
+from fluxkiln.engines.store import Stored, refit_name
 
 ALIGNMENT = 256  # bytes, of device memory handed to TensorRT
 
@@ -33,9 +35,7 @@ class Scratch:
 
     def get(self, nbytes: int) -> Tensor:
         if self._memory.numel() < nbytes:
-            self._memory = torch.empty(
-                -(-nbytes // ALIGNMENT) * ALIGNMENT, dtype=torch.uint8, device=self._memory.device
-            )
+            self._memory = self._memory.new_empty(-(-nbytes // ALIGNMENT) * ALIGNMENT)
         return self._memory
 
 
@@ -43,21 +43,22 @@ class Session:
     """One engine, loaded.
 
     Args:
-        plan: the engine.
-        name: flavour of TensorRT that built it.
-        weights: (name, tensor) of every parameter, for an engine without weights; tensors on the CPU or the GPU.
+        stored: the engine; all of it is compared with its manifest first.
+        weights: (name, tensor) of every parameter, for an engine without weights; on the CPU, or on the GPU beside the
+            copy that the engine makes. All are held until the engine has them.
         scratch: shared with other engines; None makes its own.
-        cache: folder for kernels that the driver compiled for this GPU; None keeps none.
+        cache: folder for kernels that were compiled for this GPU; None keeps none.
         capture: replay each shape's kernels as one CUDA graph, by the runtime's own strategy.
+        device: the GPU.
 
     Raises:
+        StoreError: the engine's file is damaged.
         SessionError: the engine is not for this machine, or its weights do not fit.
     """
 
     def __init__(
         self,
-        plan: bytes | memoryview,
-        name: FlavourName = "tensorrt_rtx",
+        stored: Stored,
         *,
         weights: Iterable[tuple[str, Tensor]] | None = None,
         scratch: Scratch | None = None,
@@ -65,40 +66,33 @@ class Session:
         capture: bool = True,
         device: torch.device | str = "cuda",
     ) -> None:
-        self._flavour = flavour(name)
-        self._device = torch.device(device)
+        if not torch.cuda.is_available():
+            raise SessionError("an engine runs on an NVIDIA GPU, and torch finds none here")
+        name = flavour_of(stored)
+        self._flavour, self._log, self._device = flavour(name), log(name), torch.device(device)
+        trt = self._flavour.api
+        with torch.cuda.device(self._device):
+            self._runtime, self._engine = load(stored)
+            if weights is not None:
+                self._refit(weights)
+            with saying(self._log, f"{name} makes no execution context"):
+                config = _some(self._engine.create_runtime_config())
+                config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+                self._cache = self._specialise(config, stored, cache, capture) if self._flavour.ahead_of_time else None
+                self._context = _some(self._engine.create_execution_context(config))
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        read = {tensor: self._engine.get_tensor_mode(tensor) == trt.TensorIOMode.INPUT for tensor in names}
+        self.inputs = tuple(tensor for tensor in names if read[tensor])
+        self.outputs = tuple(tensor for tensor in names if not read[tensor])
+        # Not torch's current stream: that is the default one as a rule, on which nothing can be captured.
+        self._stream = torch.cuda.Stream(self._device)
         self._scratch = scratch or Scratch(self._device)
-        self._heard: list[str] = []
-        trt, speaker = self._flavour.api, log(name)
-        speaker.listeners.append(self._listen)
-        self._runtime = trt.Runtime(speaker.logger)
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
-            raise SessionError(f"{name} {self._flavour.version} does not load this engine: {self._last()}")
-        if weights is not None:
-            self._refit(trt, speaker.logger, weights)
-        config = self._engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        self._cache = None
-        if self._flavour.ahead_of_time:
-            # Kernels for a shape are compiled before its first run, so that the second run equals the first.
-            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            if capture:
-                config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            if cache is not None:
-                self._cache = _RuntimeCache(config, cache / f"{_machine(self._flavour, plan, self._device)}.cache")
-        self._context = self._engine.create_execution_context(config)
-        if self._context is None:
-            raise SessionError(f"{name} makes no execution context: {self._last()}")
-        modes = {
-            tensor: self._engine.get_tensor_mode(tensor)
-            for tensor in (self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors))
-        }
-        self.inputs = tuple(tensor for tensor, mode in modes.items() if mode == trt.TensorIOMode.INPUT)
-        self.outputs = tuple(tensor for tensor, mode in modes.items() if mode == trt.TensorIOMode.OUTPUT)
+        # TensorRT holds addresses, so memory is held here; and a captured graph reads and writes where it always did.
+        self._bound: dict[str, Tensor] = {}
+        self._memory: Tensor | None = None
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run once; the results belong to the caller.
+        """Run once, in the order of torch's current stream; the results are overwritten by the next call.
 
         Raises:
             ValueError: an input is missing, has another dtype, or a shape outside the engine's profile.
@@ -106,47 +100,71 @@ class Session:
         """
         for name in self.inputs:
             self._check(name, inputs)
-            self._context.set_input_shape(name, tuple(inputs[name].shape))
-            self._context.set_tensor_address(name, inputs[name].data_ptr())
-        results = {}
-        for name in self.outputs:
-            shape = tuple(self._context.get_tensor_shape(name))
-            results[name] = torch.empty(shape, dtype=self._dtype(name), device=self._device)
-            self._context.set_tensor_address(name, results[name].data_ptr())
-        memory = self._scratch.get(self._context.update_device_memory_size_for_shapes())
-        self._context.set_device_memory(memory.data_ptr(), memory.nbytes)
-        if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
-            raise SessionError(f"the engine did not run: {self._last()}")
-        return results
-
-    def save_cache(self) -> None:
-        """Write the kernels compiled since loading, for the next process."""
-        if self._cache is not None:
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.stream(self._stream),
+            saying(self._log, "the engine did not run"),
+        ):
+            new = any(name not in self._bound or self._bound[name].shape != inputs[name].shape for name in self.inputs)
+            if new:
+                self._bind({name: inputs[name].shape for name in self.inputs})
+            for name in self.inputs:
+                self._bound[name].copy_(inputs[name])
+            _some(self._context.execute_async_v3(self._stream.cuda_stream))
+        current.wait_stream(self._stream)
+        if new and self._cache is not None:
             self._cache.save()
+        return {name: self._bound[name] for name in self.outputs}
 
-    def _refit(self, trt: Any, logger: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-        refitter = trt.Refitter(self._engine, logger)
-        held = []
-        for name, tensor in weights:
-            dtype = refitter.get_weights_prototype(refit_name(name)).dtype
-            count = tensor.numel() * (2 if tensor.dtype == torch.uint8 else 1)  # uint8 holds pairs of FP4
-            location = trt.TensorLocation.DEVICE if tensor.is_cuda else trt.TensorLocation.HOST
-            value = trt.Weights(dtype, tensor.data_ptr(), count)
-            if not refitter.set_named_weights(refit_name(name), value, location):
-                raise SessionError(f"the engine does not take the weight {name} {list(tensor.shape)}: {self._last()}")
-            held.append(tensor)
-        if missing := refitter.get_missing_weights():
-            raise SessionError(f"the engine still lacks {len(missing)} weights: {', '.join(missing[:3])}")
-        if not refitter.refit_cuda_engine():
-            raise SessionError(f"the engine was not refitted: {self._last()}")
+    def _bind(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Memory for inputs, outputs and scratch of these sizes."""
+        self._bound = {}
+        for name in self.inputs:
+            _some(self._context.set_input_shape(name, tuple(shapes[name])))
+        for name in (*self.inputs, *self.outputs):
+            shape = tuple(self._context.get_tensor_shape(name))
+            self._bound[name] = torch.empty(shape, dtype=self._dtype(name), device=self._device)
+            _some(self._context.set_tensor_address(name, self._bound[name].data_ptr()))
+        self._memory = self._scratch.get(self._context.update_device_memory_size_for_shapes())
+        self._context.set_device_memory(self._memory.data_ptr(), self._memory.nbytes)
+
+    def _specialise(self, config: Any, stored: Stored, cache: Path | None, capture: bool) -> _RuntimeCache | None:
+        """What only TensorRT-RTX has: kernels compiled for each shape before its first run, so that the second run
+        equals the first; their cache; and CUDA graphs."""
+        trt = self._flavour.api
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        if capture:
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        if cache is None:
+            return None
+        return _RuntimeCache(config, cache / f"{_cache_key(self._flavour, stored, self._device)}.cache")
+
+    def _refit(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        trt, held = self._flavour.api, []
+        with saying(self._log, "the engine was not refitted"):
+            refitter = trt.Refitter(self._engine, self._log.logger)
+            for name, tensor in weights:
+                like = refitter.get_weights_prototype(refit_name(name))
+                count = tensor.numel() * (2 if tensor.dtype == torch.uint8 else 1)  # uint8 holds pairs of FP4
+                if like.size != count:
+                    wants = f"{like.size} values" if like.size >= 0 else "no such weight"
+                    raise SessionError(f"the engine takes {wants} for {name}, the model has {list(tensor.shape)}")
+                location = trt.TensorLocation.DEVICE if tensor.is_cuda else trt.TensorLocation.HOST
+                value = trt.Weights(like.dtype, tensor.data_ptr(), count)
+                _some(refitter.set_named_weights(refit_name(name), value, location))
+                held.append(tensor)
+            if missing := refitter.get_missing_weights():
+                raise SessionError(f"the engine lacks {len(missing)} weights still: {', '.join(missing[:3])}")
+            _some(refitter.refit_cuda_engine())
 
     def _check(self, name: str, inputs: Mapping[str, Tensor]) -> None:
         if name not in inputs:
             raise ValueError(f"the engine reads {', '.join(self.inputs)}; {name} was not given")
         tensor = inputs[name]
-        if tensor.dtype != self._dtype(name) or not tensor.is_contiguous() or tensor.device != self._device:
-            want = f"contiguous {self._dtype(name)} on {self._device}"
-            raise ValueError(f"{name} must be {want}, got {tensor.dtype} on {tensor.device}")
+        if tensor.dtype != self._dtype(name):
+            raise ValueError(f"{name} must be {self._dtype(name)}, got {tensor.dtype}")
         least, _, most = self._engine.get_tensor_profile_shape(name, 0)
         if len(least) != tensor.ndim or any(not a <= n <= b for a, n, b in zip(least, tensor.shape, most, strict=True)):
             raise ValueError(
@@ -159,12 +177,43 @@ class Session:
             self._engine.get_tensor_dtype(name).name
         ]
 
-    def _listen(self, severity: str, message: str) -> None:
-        if severity in ("ERROR", "INTERNAL_ERROR"):
-            self._heard.append(message)
 
-    def _last(self) -> str:
-        return self._heard[-1] if self._heard else "it did not say why"
+def load(stored: Stored) -> tuple[Any, Any]:
+    """TensorRT's runtime and engine; the runtime has to outlive the engine.
+
+    Raises:
+        StoreError: the engine's file is damaged.
+        SessionError: TensorRT does not load it.
+    """
+    name = flavour_of(stored)
+    with saying(log(name), f"{name} {flavour(name).version} does not load the engine {stored.folder}"):
+        runtime = flavour(name).api.Runtime(log(name).logger)
+        with contextlib.closing(stored.read()) as plan:
+            return runtime, _some(runtime.deserialize_cuda_engine(plan))
+
+
+def flavour_of(stored: Stored) -> FlavourName:
+    return "tensorrt" if stored.subject.flavour == "tensorrt" else "tensorrt_rtx"
+
+
+@contextlib.contextmanager
+def saying(log: Log, what: str) -> Iterator[None]:
+    """A refusal inside (None or False) becomes an error that says what TensorRT said."""
+    with log.errors() as said:
+        try:
+            yield
+        except _Refused:
+            raise SessionError(f"{what}: {said[-1] if said else 'TensorRT did not say why'}") from None
+
+
+class _Refused(Exception):
+    """TensorRT returned None or False."""
+
+
+def _some(result: Any) -> Any:
+    if result is None or result is False:
+        raise _Refused
+    return result
 
 
 class _RuntimeCache:
@@ -173,23 +222,26 @@ class _RuntimeCache:
     def __init__(self, config: Any, path: Path) -> None:
         self._path, self._cache = path, config.create_runtime_cache()
         if path.is_file():
-            self._cache.deserialize(path.read_bytes())
+            self._cache.deserialize(
+                path.read_bytes()
+            )  # it checks and refuses by itself what does not fit or is damaged
         config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
-        scratch = self._path.with_suffix(".new")
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex[:8]}")
         scratch.write_bytes(bytes(self._cache.serialize()))
         scratch.replace(self._path)
 
 
-def _machine(flavour: Flavour, plan: bytes | memoryview, device: torch.device) -> str:
+def _cache_key(flavour: Flavour, stored: Stored, device: torch.device) -> str:
     """A cache serves one engine, one version of TensorRT, one kind of GPU, one driver and one operating system."""
+    assert stored.manifest is not None
     facts = (
         flavour.version,
         torch.cuda.get_device_name(device),
         str(torch._C._cuda_getDriverVersion()),  # type: ignore[attr-defined]
         platform.system(),
-        hashlib.sha256(plan).hexdigest(),
+        stored.manifest.sha256,
     )
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]

@@ -4,8 +4,9 @@
     STORE/<key>/engine.plan
 
 The key is a hash of the graph's bytes, the identity of the weights, precision and recipe, profile, target, flavour and
-version of TensorRT, and the form of the weights. An engine is written under a temporary name and renamed when it is
-whole, so a folder with a manifest holds a whole engine; two builders of one key write the same thing.
+version of TensorRT, the form of the weights, and the builder's options. An engine is written under a temporary name and
+renamed when it is whole, so a folder with a manifest holds a whole engine; of two builders of one key the last one's
+stays. The header is compared whenever an engine is looked at, every byte before one is run or copied.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
+import mmap
 import os
+import shlex
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fluxkiln.engines.header import SIZE, HeaderError, decode
+from fluxkiln.engines.header import SIZE, Header, HeaderError, decode
 
 MANIFEST, PLAN = "manifest.json", "engine.plan"
 VERSION = 1
@@ -57,6 +61,7 @@ class Subject:
         arch: `sm_89`, ...
         flavour, version: of TensorRT.
         weights: `inside` or `refit`.
+        options: what else the builder was told, name -> value.
     """
 
     part: str
@@ -69,6 +74,7 @@ class Subject:
     flavour: str
     version: str
     weights: Literal["inside", "refit"]
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -114,15 +120,52 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Stored:
-    """An engine in the store: its manifest, and why it cannot be used here, if so."""
+    """An engine in the store.
+
+    Attributes:
+        manifest: what it is; None where there is no readable one.
+        refusal: what is wrong with its files, if anything; looking only at the manifest and the header.
+        header: what the engine says of itself; only TensorRT-RTX's do.
+    """
 
     folder: Path
     manifest: Manifest | None
     refusal: str | None
+    header: Header | None = None
 
     @property
     def plan(self) -> Path:
         return self.folder / PLAN
+
+    @property
+    def subject(self) -> Subject:
+        """Of the manifest.
+
+        Raises:
+            StoreError: there is none.
+        """
+        if self.manifest is None:
+            raise StoreError(self.refusal or f"{self.folder} holds no engine")
+        return self.manifest.subject
+
+    @property
+    def key(self) -> str:
+        return self.folder.name
+
+    def read(self) -> mmap.mmap:
+        """The engine's bytes, mapped; close it when they are not needed any more.
+
+        Raises:
+            StoreError: they are not those that were built.
+        """
+        if self.refusal or self.manifest is None:
+            raise StoreError(self.refusal or f"{self.folder} holds no engine")
+        with open(self.plan, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hashlib.sha256(data).hexdigest() != self.manifest.sha256:
+            data.close()
+            raise StoreError(f"{self.plan} was changed after it was built")
+        return data
 
 
 class Store:
@@ -163,24 +206,33 @@ class Store:
     def find(self, subject: Subject) -> Stored | None:
         """The engine of that subject, or None; `refusal` says what is wrong with it, if anything."""
         folder = self.root / subject.key
-        return self._open(folder) if folder.is_dir() else None
+        return open_engine(folder) if folder.is_dir() else None
+
+    def one(self, name: str) -> Stored:
+        """The engine whose key begins with `name`.
+
+        Raises:
+            StoreError: there is none, or more than one.
+        """
+        found = [stored for stored in self if stored.key.startswith(name)]
+        if len(found) != 1:
+            raise StoreError(f"{len(found)} engines in {self.root} begin with {name!r}, expected one")
+        return found[0]
 
     def __iter__(self) -> Iterator[Stored]:
         """All engines, by name; folders that are no engines are skipped, damaged ones say why."""
         if self.root.is_dir():
             for folder in sorted(self.root.iterdir()):
                 if folder.is_dir() and not folder.name.startswith("."):
-                    yield self._open(folder)
+                    yield open_engine(folder)
 
     def verify(self, stored: Stored) -> str | None:
         """Read the whole plan: why it is not what its manifest says, or None."""
-        if stored.refusal or stored.manifest is None:
-            return stored.refusal
-        digest = hashlib.sha256()
-        with open(stored.plan, "rb") as file:
-            while part := file.read(_CHUNK):
-                digest.update(part)
-        return None if digest.hexdigest() == stored.manifest.sha256 else f"{stored.plan} was changed after it was built"
+        try:
+            stored.read().close()
+        except StoreError as error:
+            return str(error)
+        return None
 
     def remove(self, stored: Stored) -> None:
         """Delete an engine: out of sight at once, then its bytes."""
@@ -194,19 +246,22 @@ class Store:
 
     def prune(self, older_than: float) -> int:
         """Delete leftovers not touched for `older_than` seconds; a build may still be writing to younger ones."""
-        old = [path for path in self.leftovers() if time.time() - path.stat().st_mtime > older_than]
-        for path in old:
-            shutil.rmtree(path, ignore_errors=True)
-        return len(old)
+        count = 0
+        for path in self.leftovers():
+            with contextlib.suppress(FileNotFoundError):  # whoever else prunes was faster
+                if time.time() - path.stat().st_mtime > older_than:
+                    shutil.rmtree(path)
+                    count += 1
+        return count
 
     def export(self, stored: Stored, folder: str | Path) -> Path:
         """Copy an engine with its manifest to another folder, from which `take` adds it to another store."""
-        if refusal := self.verify(stored):
-            raise StoreError(refusal)
-        target = Path(folder).expanduser() / stored.folder.name
+        target = Path(folder).expanduser() / stored.key
         if target.exists():
             raise StoreError(f"{target} exists already")
-        _copy(stored.folder, target)
+        _copy(
+            stored, target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}"), lambda scratch: scratch.rename(target)
+        )
         return target
 
     def take(self, folder: str | Path) -> Stored:
@@ -215,15 +270,11 @@ class Store:
         Raises:
             StoreError: the folder holds no engine, or a damaged one.
         """
-        source = Path(folder).expanduser()
-        stored = self._open(source)
-        if refusal := self.verify(stored):
-            raise StoreError(refusal)
-        assert stored.manifest is not None
+        stored = open_engine(Path(folder).expanduser())
+        key = stored.subject.key
         self.root.mkdir(parents=True, exist_ok=True)
-        scratch = self.root / f".{source.name}.{uuid.uuid4().hex[:8]}"
-        _copy(source, scratch)
-        return self._open(self._publish(scratch, stored.manifest.subject.key))
+        _copy(stored, self.root / f".{key}.{uuid.uuid4().hex[:8]}", lambda scratch: self._publish(scratch, key))
+        return open_engine(self.root / key)
 
     def _publish(self, scratch: Path, key: str) -> Path:
         """Give a whole engine its name; the one that has it is moved out of the way, by whoever is first."""
@@ -239,31 +290,32 @@ class Store:
                 self.remove(Stored(target, None, None))
         return target
 
-    def _open(self, folder: Path) -> Stored:
-        """Read the manifest and the header of one engine, nothing else."""
-        try:
-            manifest = read_manifest(folder)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            return Stored(folder, None, f"{folder} has no readable manifest: {error}")
-        return Stored(folder, manifest, self._damage(folder, manifest))
 
-    def _damage(self, folder: Path, manifest: Manifest) -> str | None:
-        if folder.name != manifest.subject.key:
-            return f"{folder} holds the engine {manifest.subject.key}: it was renamed or its manifest was changed"
-        plan = folder / PLAN
-        if not plan.is_file() or plan.stat().st_size != manifest.nbytes:
-            found = plan.stat().st_size if plan.is_file() else 0
-            return f"{plan} is not whole: {found} bytes of {manifest.nbytes}"
-        if manifest.subject.flavour != "tensorrt_rtx":
-            return None  # TensorRT's own plans have no header that can be read
-        with open(plan, "rb") as file:
-            try:
-                header = decode(file.read(SIZE))
-            except HeaderError as error:
-                return f"{plan}: {error}"
-        if header.nbytes != manifest.nbytes or manifest.subject.arch not in header.archs:
-            return f"{plan} is an engine for {', '.join(header.archs)}, its manifest says {manifest.subject.arch}"
-        return None
+def open_engine(folder: Path) -> Stored:
+    """An engine by its manifest and header, nothing else is read; `refusal` says what is wrong with them."""
+    try:
+        manifest = read_manifest(folder)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return Stored(folder, None, f"{folder} has no readable manifest: {error}")
+    subject, plan = manifest.subject, folder / PLAN
+    if folder.name != subject.key:
+        renamed = f"{folder} holds the engine {subject.key}: it was renamed or its manifest was changed"
+        return Stored(folder, manifest, renamed)
+    if not plan.is_file() or plan.stat().st_size != manifest.nbytes:
+        found = plan.stat().st_size if plan.is_file() else 0
+        return Stored(folder, manifest, f"{plan} is not whole: {found} bytes of {manifest.nbytes}")
+    if subject.flavour != "tensorrt_rtx":
+        return Stored(folder, manifest, None)  # TensorRT's own plans have no header that can be read
+    with open(plan, "rb") as file:
+        try:
+            header = decode(file.read(SIZE))
+        except HeaderError as error:
+            return Stored(folder, manifest, f"{plan}: {error}")
+    swapped = f"{plan} is an engine for {', '.join(header.archs)} of version {header.version} and {header.nbytes} bytes"
+    if header.nbytes != manifest.nbytes or subject.arch not in header.archs or header.version != subject.version:
+        said = f"its manifest says {subject.arch}, {subject.version} and {manifest.nbytes}"
+        return Stored(folder, manifest, f"{swapped}, {said}", header)
+    return Stored(folder, manifest, None, header)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -292,14 +344,46 @@ def refuse_here(manifest: Manifest, arch: str | None, versions: dict[str, str]) 
     return None if arch == subject.arch else f"it was built for {subject.arch}, this GPU is {arch}"
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy an engine's two files under a temporary name, then rename the folder."""
-    scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+def refuse_tokens(manifest: Manifest, image: int, text: int) -> str | None:
+    """Why an engine cannot take a call, with the command that builds one that can, or None.
+
+    Args:
+        image: image tokens, those of references included; text: text tokens.
+    """
+    least, most = (manifest.subject.profile["hidden_states"][i][1] for i in (0, 2))
+    least_text, most_text = (manifest.subject.profile["encoder_hidden_states"][i][1] for i in (0, 2))
+    if not least_text <= text <= most_text:
+        return f"the engine takes {least_text} to {most_text} text tokens, got {text}: set max_sequence_length"
+    if least <= image <= most:
+        return None
+    # More tokens fit a square that holds them; fewer have to be met exactly, as they are the least of an engine.
+    height = math.isqrt(image)
+    height = next(h for h in range(height, 0, -1) if image % h == 0) if image < least else height + (height**2 < image)
+    width = image // height if image < least else height
+    subject = manifest.subject
+    flavour = "" if subject.flavour == "tensorrt_rtx" else f" --flavour {subject.flavour}"
+    return (
+        f"the engine takes {least} to {most} image tokens (16 x 16 pixels each, references included), got {image}: "
+        f"`fluxkiln build --model {shlex.quote(manifest.model_name)} --precision {subject.precision} "
+        f"--arch {subject.arch}{flavour} --weights {subject.weights} --max-size {16 * width}x{16 * height} "
+        "--references 0` builds one that fits"
+    )
+
+
+def _copy(stored: Stored, scratch: Path, publish: Callable[[Path], object]) -> None:
+    """Copy an engine's two files under a temporary name, compare every byte, then publish the folder.
+
+    Raises:
+        StoreError: it is damaged, or was while it was copied.
+    """
+    if stored.refusal:
+        raise StoreError(stored.refusal)
     scratch.mkdir(parents=True)
     try:
         for name in (PLAN, MANIFEST):
-            shutil.copyfile(source / name, scratch / name)
-        scratch.rename(target)
+            shutil.copyfile(stored.folder / name, scratch / name)
+        replace(stored, folder=scratch).read().close()
+        publish(scratch)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise

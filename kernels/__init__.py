@@ -18,13 +18,17 @@ from fluxkiln.kernels.formats import Activation, Fp8, Nvfp4
 from fluxkiln.kernels.layers import Streams
 
 
+class RefusedError(RuntimeError):
+    """The backend that was asked for, or every one that was allowed, cannot run this; the message says why."""
+
+
 @dataclass(frozen=True)
 class Binding:
     """What an operation with a layer is bound to: a line of the plan.
 
     Attributes:
-        implementation: `eager`, `triton`, or the library (`torch`) where that is faster or the only way.
-        format: of the weights and products.
+        implementation: `eager`, `triton`, `trt`, or the library (`torch`) where that is faster or the only way.
+        format: of the weights and products; `dense` is the model's dtype.
         weights: number of weight elements, 0 for an operation without.
         emulated: the format is computed in wider arithmetic than the hardware would use.
     """
@@ -35,10 +39,11 @@ class Binding:
     emulated: bool = False
 
 
-def describe(op: str, layer: Any = None) -> Binding:
+def describe(op: str, layer: Any = None, attention: Literal["bf16", "fp8"] = "bf16") -> Binding:
     """What the eager backend runs an operation with a layer as."""
     if layer is None:
-        return Binding("eager", "dense")
+        emulated = op == "attention" and attention == "fp8"
+        return Binding("eager", "fp8" if emulated else "dense", emulated=emulated)
     streams = layer.streams if isinstance(layer, qkv_rope.Projection) else layer
     quantised = {Fp8: "fp8", Nvfp4: "nvfp4"}.get(type(streams[0].weight))
     dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(streams[0].dtype, str(streams[0].dtype))
@@ -79,4 +84,7 @@ EAGER = Ops(
 
 def eager_ops(attention: Literal["bf16", "fp8"] = "bf16") -> Ops:
     """`EAGER`, with attention in the model's dtype or as FP8 attention computes it."""
-    return EAGER if attention == "bf16" else replace(EAGER, pack_qkv=partial(qkv_rope.Projection, attention=attention))
+    if attention == "bf16":
+        return EAGER
+    pack_qkv = partial(qkv_rope.Projection, attention=attention)
+    return replace(EAGER, pack_qkv=pack_qkv, describe=partial(describe, attention=attention))

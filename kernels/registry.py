@@ -23,7 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxkiln.kernels import attention, linear, linear_gate_residual, linear_gelu, norm_modulate, qkv_rope
+from fluxkiln.kernels import (
+    RefusedError,
+    attention,
+    linear,
+    linear_gate_residual,
+    linear_gelu,
+    norm_modulate,
+    qkv_rope,
+)
 from fluxkiln.kernels import quantize as quantize_rows
 from fluxkiln.kernels.arch import ARCHS, NATIVE, RELATIVE
 from fluxkiln.kernels.compile import Configuration
@@ -42,10 +50,6 @@ OPS: dict[str, ModuleType] = {
 }
 FORMATS = ("bf16", "fp8", "nvfp4")
 TRITON = (3, 6)  # the oldest that the kernels compile with
-
-
-class RefusedError(RuntimeError):
-    """No backend that was allowed to can run a call; the message says why."""
 
 
 # --- one call ---------------------------------------------------------------------------------

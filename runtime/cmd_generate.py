@@ -99,6 +99,9 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--recipe", metavar="FILE", help="JSON: which layer gets which format")
     model.add_argument("--backend", help="auto, eager, triton or trt (default auto: the fastest that can run it)")
     model.add_argument("--fallback", action="store_true", help="take another backend if that one cannot, and say so")
+    model.add_argument(
+        "--engine", metavar="KEY|FOLDER", help="which engine --backend trt runs (default: one that fits)"
+    )
     model.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda if there is one)")
 
     parser.add_argument("--no-metadata", action="store_true", help="do not write into the image how it was made")
@@ -227,10 +230,14 @@ def open_pipeline(args: argparse.Namespace, record: Record | None = None) -> Pip
     if record is not None:
         import torch
 
+        from fluxkiln.opening import ENGINE
+
         options |= {
             name: options[name] or getattr(record, name) for name in ("precision", "backend", "device", "variant")
         }
         options["dtype"] = getattr(torch, record.dtype)
+        engine = next((part.source for part in record.parts if part.name == ENGINE), None)
+        options["engine"] = options["engine"] or (engine if options["backend"] == "trt" else None)
     options = {name: value for name, value in options.items() if value}
     files = {name: getattr(args, name) for name in _FILES if getattr(args, name) is not None}
     if files and args.model:
@@ -243,7 +250,7 @@ def open_pipeline(args: argparse.Namespace, record: Record | None = None) -> Pip
 
 
 _FILES = ("transformer", "vae", "clip", "t5", "tokenizers")
-_OPTIONS = ("variant", "precision", "recipe", "backend", "fallback", "device")
+_OPTIONS = ("variant", "precision", "recipe", "backend", "fallback", "engine", "device")
 
 
 def _recorded_model(args: argparse.Namespace, record: Record | None) -> str:
@@ -256,7 +263,9 @@ def _recorded_model(args: argparse.Namespace, record: Record | None) -> str:
 
     if record is None:
         return DEFAULT_MODEL
-    sources = {part.name: part.source for part in record.parts}
+    from fluxkiln.opening import ENGINE
+
+    sources = {part.name: part.source for part in record.parts if part.name != ENGINE}
     names = set(sources.values())
     if len(names) == 1 and ("/" in (name := names.pop()) or name in BUNDLED):
         return name
@@ -341,6 +350,7 @@ def _say_choice(pipe: Pipeline) -> None:
     """What will run, and why nothing else."""
     _say(pipe.summary())
     if pipe.transformer.loaded:
+        _say(f"chosen: {pipe.transformer.loaded.choice.why}")
         for backend, reason in pipe.transformer.loaded.choice.reasons.items():
             _say(f"not {backend}: {reason}")
 

@@ -6,15 +6,21 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", nargs="+", default=["eager", "triton"], choices=("eager", "triton"))
     parser.add_argument("--device", help="default: the GPU if there is one; on a CPU the kernels are interpreted")
+    parser.add_argument("--engines", action="store_true", help="run TensorRT engines instead, and print a report")
+    parser.add_argument("--store", type=Path, metavar="FOLDER", help="of the engines (default: where build puts them)")
+    parser.add_argument("--model", help="to run the engines with (default: what each was built for)")
     parser.add_argument("--json", action="store_true", help="a list with one object for each verdict")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.engines:
+        return engines(args)
     from fluxkiln.verify import SLACK, Verdict, verify
 
     def show(verdict: Verdict) -> None:
@@ -41,3 +47,26 @@ def run(args: argparse.Namespace) -> int:
         ran = sum(verdict.refused is None for verdict in verdicts)
         print(f"all {ran} that ran are within {SLACK:g} times eager's own error against float64")
     return 1 if wrong else 0
+
+
+def engines(args: argparse.Namespace) -> int:
+    """Exit code 1 if an engine failed, or none ran."""
+    from fluxkiln.engines.store import Store, default_root
+    from fluxkiln.record import versions
+    from fluxkiln.verify_engines import EngineVerdict, report, verify_engines
+
+    def show(verdict: EngineVerdict) -> None:
+        result = verdict.failed or verdict.refused or ("ok" if verdict.passed else "WRONG")
+        what = (verdict.key, verdict.model, verdict.precision, verdict.weights, verdict.tokens)
+        print(f"{' '.join(filter(None, what))}: {result}", file=sys.stderr, flush=True)
+
+    verdicts = verify_engines(Store(args.store or default_root()), args.model, progress=show)
+    machine = versions("cuda")
+    if args.json:
+        rows = [dataclasses.asdict(verdict) | {"passed": verdict.passed} for verdict in verdicts]
+        json.dump({"machine": machine, "engines": rows}, sys.stdout, indent=1)
+        print()
+    else:
+        print(report(verdicts, machine))
+    ran = [verdict for verdict in verdicts if verdict.refused is None]
+    return 0 if ran and all(verdict.passed for verdict in ran) else 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,7 +14,10 @@ from fluxkiln.hub import resolve
 from fluxkiln.kernels.recipe import RECIPES, Recipe
 from fluxkiln.quantize import Layers, choose_recipe
 from fluxkiln.select import Choice, choose
-from fluxkiln.transformer import Transformer
+from fluxkiln.transformer import Network, Transformer
+
+if TYPE_CHECKING:
+    from fluxkiln.engines.store import Stored
 
 
 @dataclass(frozen=True)
@@ -40,18 +45,20 @@ def load_transformer(
     dtype: torch.dtype | None = None,
     recipe: Recipe | str | Path | None = None,
     fallback: bool = False,
-) -> Transformer:
+    engine: str | Path | None = None,
+) -> Network:
     """Open a FLUX.1 transformer of any common kind and make it ready to run.
 
     Args:
         path: a single file, a diffusers folder (the transformer's or the pipeline's), ComfyUI's files, a hub
             repository, or a bundled model's name.
         precision: of the block linears: `fp32`, `bf16`, `fp8` or `nvfp4`.
-        backend: `eager`, `triton`, or `auto`: the fastest that can run it here.
+        backend: `eager`, `triton`, `trt` (an engine from the store), or `auto`: the fastest that can run it here.
         device: where it runs; None is the GPU if there is one.
         dtype: of everything else; None follows the precision.
         recipe: which layer gets which format, where it is not the precision's own; a JSON file of one will do.
         fallback: take another backend if the one asked for cannot run this, and say so in the record.
+        engine: which one `trt` runs, by the beginning of its key or its folder; None finds one that fits.
 
     Raises:
         CheckpointError: the path holds something else, or is damaged.
@@ -70,10 +77,37 @@ def load_transformer(
     recipe = recipe or choose_recipe(precision, checkpoint)
     recipe.check(name.removesuffix(".weight") for name in checkpoint.names if name.endswith(".weight"))
     place = default_device(device)
-    choice = choose(backend, checkpoint.config, recipe, place, dtype, fallback)
-    model = Transformer(checkpoint.config, Layers(checkpoint, recipe, place, dtype), choice.ops)
+    if engine is not None and backend not in ("auto", "trt"):
+        raise ValueError(f"engine is for backend trt, got backend {backend!r}")
+    config, layers = checkpoint.config, partial(Layers, checkpoint, recipe, dtype=dtype)
+    find = partial(_find, checkpoint, recipe, place, dtype, engine)
+    choice = choose(backend, config, recipe, place, dtype, fallback, find)
+    model: Network
+    if choice.engine is not None:
+        from fluxkiln.engine import EngineTransformer, supply
+
+        # What is quantised is quantised on the GPU; what is not comes from the file as it is.
+        weights = supply(choice.engine, layers(place if recipe.rules else "cpu"))
+        model = EngineTransformer(config, layers(place), choice.engine, weights)
+    else:
+        assert choice.ops is not None
+        model = Transformer(config, layers(place), choice.ops)
     model.loaded = Loaded(checkpoint, precision, recipe, choice)
     return model
+
+
+def _find(
+    checkpoint: Checkpoint, recipe: Recipe, device: torch.device, dtype: torch.dtype, engine: str | Path | None
+) -> Stored | str:
+    """An engine for a checkpoint, or why there is none."""
+    from fluxkiln.engine import find
+
+    def shadow() -> Layers:
+        from fluxkiln.export.weights import shadow
+
+        return shadow(checkpoint, recipe, dtype)
+
+    return find(checkpoint.config, recipe, device, dtype, shadow, checkpoint.identity, engine)
 
 
 def default_device(device: torch.device | str | None) -> torch.device:

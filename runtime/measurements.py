@@ -87,14 +87,27 @@ def keep(result: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Pick:
+    """The fastest of some backends.
+
+    Attributes:
+        backend: its name.
+        why: a sentence.
+        reasons: every other one -> why it is not the one.
+        measured: every other one that was timed beside it -> its time, as a multiple of the fastest's.
+    """
+
+    backend: str
+    why: str
+    reasons: dict[str, str]
+    measured: dict[str, float]
+
+
 def choose(
     backends: Sequence[str], config: FluxConfig, precision: str, dtype: str, device: str, known: Iterable[Measurement]
-) -> tuple[str, str]:
-    """The fastest of `backends`, which stand in the order that decides where measurements do not.
-
-    Returns:
-        its name, and a sentence that says why.
-    """
+) -> Pick:
+    """The fastest of `backends`, which stand in the order that decides where measurements do not."""
     model = _text([asdict(config), precision, dtype])
     times: dict[str, dict[str, float]] = {}
     for m in known:
@@ -109,11 +122,20 @@ def choose(
     for other in backends[1:]:
         if (r := ratio(other, best)) is not None and r < 1 - MARGIN:
             best = other
-    compared = {other: r for other in backends if other != best and (r := ratio(best, other)) is not None}
-    if not compared:
-        return best, "first in the fixed order, as none was timed beside it"
-    shares = ", ".join(f"{r:.2f} of {other}'s" for other, r in compared.items())
-    return best, f"its step was timed on {device} at {shares}"
+    others = [other for other in backends if other != best]
+    measured = {other: r for other in others if (r := ratio(other, best)) is not None}
+    reasons = dict.fromkeys(others, f"it was not timed beside {best} on {device}")
+    for other, r in measured.items():
+        close = "" if 1 / r < 1 - MARGIN else ", too close to decide: the fixed order does"
+        reasons[other] = f"its step takes {r:.2f} times as long as {best}'s on {device}{close}"
+    if not others:
+        why = "the only one that can run this here"
+    elif measured:
+        times_of = ", ".join(f"{other}'s takes {r:.2f} times as long" for other, r in measured.items())
+        why = f"its step was timed on {device}: {times_of}"
+    else:
+        why = "first in the fixed order, as none was timed beside it (`fluxkiln bench step` does)"
+    return Pick(best, why, reasons, measured)
 
 
 def device_name(versions: Mapping[str, str]) -> str:

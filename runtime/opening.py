@@ -18,9 +18,10 @@ from fluxkiln.record import Part
 from fluxkiln.safetensors_file import CheckpointError
 from fluxkiln.sampling import Scheduler
 from fluxkiln.text import TextEncoders
-from fluxkiln.transformer import Transformer
+from fluxkiln.transformer import Network
 
 SIDE = 1024  # of FLUX.1's usual square, in pixels
+ENGINE = "engine"  # name of the part that is no file of the model
 
 # Folders of a diffusers pipeline that each argument stands for.
 _FOLDERS = {
@@ -36,7 +37,7 @@ _FOLDERS = {
 class Parts:
     """Arguments of `Pipeline`, as the files have them."""
 
-    transformer: Transformer
+    transformer: Network
     autoencoder: Autoencoder
     text: TextEncoders
     scheduler: Scheduler | None
@@ -72,6 +73,9 @@ def open_parts(files: Mapping[str, str | Path | None], **options: Any) -> Parts:
     if tokenizers is not None:
         source = _source(files["tokenizers"] or main)
         identities.append(Part("tokenizers", source, "tokenizers", _digest(tokenizers)))
+    if (engine := model.loaded.choice.engine) is not None and engine.manifest is not None:
+        kind = f"{engine.subject.flavour} {engine.subject.version} {engine.subject.arch}"
+        identities.append(Part(ENGINE, engine.key, kind, engine.manifest.sha256))
     return Parts(
         transformer=model,
         autoencoder=load_autoencoder(paths["vae"], model.device, model.dtype),

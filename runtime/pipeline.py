@@ -44,7 +44,7 @@ from fluxkiln.prepare import VARIANTS, Course, Embeddings, Scene, Text, Texts, c
 from fluxkiln.record import Part, Record, Request, versions
 from fluxkiln.sampling import Callback, Guidance, Scheduler
 from fluxkiln.text import TextEncoders
-from fluxkiln.transformer import Transformer
+from fluxkiln.transformer import Network
 from fluxkiln.watch import Bar, Clock
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -98,7 +98,7 @@ class Pipeline:
 
     def __init__(
         self,
-        transformer: Transformer,
+        transformer: Network,
         autoencoder: Autoencoder,
         text: TextEncoders | None = None,
         *,
@@ -113,9 +113,7 @@ class Pipeline:
         self.scheduler = scheduler or (sampling.UNSHIFTED if self.variant == "schnell" else sampling.SHIFTED)
         self.side, self.parts = side, tuple(parts)
         self.load_seconds = load_seconds
-        choice = transformer.loaded.choice if transformer.loaded else None
-        reasons = choice.reasons.items() if choice and choice.fallback else ()
-        self.notices = [f"backend {name} cannot run this: {reason}" for name, reason in reasons]
+        self.notices = list(transformer.loaded.choice.notices) if transformer.loaded else []
         if self.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         tokens, latents = transformer.config.out_channels, autoencoder.config.latent_channels
@@ -307,12 +305,13 @@ class Pipeline:
         variant: str | None = None,
         recipe: Recipe | str | Path | None = None,
         fallback: bool = False,
+        engine: str | Path | None = None,
     ) -> Pipeline:
         """Open a whole model: bundled, a diffusers folder, an all-in-one file, or a repository of the hub.
 
         Args:
             model: `shapes`, a path, or `owner/name`, which is downloaded.
-            precision, backend, device, dtype, recipe, fallback: see `load_transformer`.
+            precision, backend, device, dtype, recipe, fallback, engine: see `load_transformer`.
             variant: what the model was trained for, where neither its sizes nor its name tell.
 
         Raises:
@@ -329,6 +328,7 @@ class Pipeline:
             variant=variant,
             recipe=recipe,
             fallback=fallback,
+            engine=engine,
         )
 
     @classmethod
@@ -347,6 +347,7 @@ class Pipeline:
         variant: str | None = None,
         recipe: Recipe | str | Path | None = None,
         fallback: bool = False,
+        engine: str | Path | None = None,
     ) -> Pipeline:
         """Open a model from single files, as ComfyUI has them, or from folders.
 
@@ -354,7 +355,7 @@ class Pipeline:
             transformer: and everything that is not named beside it: a pipeline's folder or an all-in-one file.
             vae, clip, t5: autoencoder and text encoders.
             tokenizers: folder with `tokenizer` and `tokenizer_2`.
-            precision, backend, device, dtype, recipe, fallback: see `load_transformer`.
+            precision, backend, device, dtype, recipe, fallback, engine: see `load_transformer`.
             variant: as in `from_pretrained`.
 
         Raises:
@@ -369,6 +370,7 @@ class Pipeline:
             dtype=dtype,
             recipe=recipe,
             fallback=fallback,
+            engine=engine,
         )
         return cls(
             parts.transformer,
@@ -550,6 +552,8 @@ class Pipeline:
             determinism=plan.PROMISES[backend],
             versions=versions(self.device),
             reasons=loaded.choice.reasons if loaded else {},
+            why=loaded.choice.why if loaded else "",
+            measured=loaded.choice.measured if loaded else {},
             notices=tuple(notices),
             variant=self.variant,
         )

@@ -203,6 +203,8 @@ class Record:
             the process.
         index: which image of the batch the record belongs to; None for the whole batch.
         variant: what the model was taken for (`dev`, `kontext`, ...).
+        why: the backend was picked.
+        measured: other backends that were timed beside it -> their step's time, as a multiple of its.
     """
 
     request: Request
@@ -220,6 +222,8 @@ class Record:
     peak_memory: int | None = None
     index: int | None = None
     variant: str = ""
+    why: str = ""
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def coverage(self) -> dict[str, float]:
@@ -251,7 +255,7 @@ class Record:
         """Everything that decides the bytes of the images, as plain data."""
         data = _encode(self)
         data["plan"] = _group(self.plan)
-        for name in ("reasons", "notices", "timings", "peak_memory", "index"):
+        for name in ("reasons", "why", "measured", "notices", "timings", "peak_memory", "index"):
             del data[name]
         data["parts"] = [{k: part[k] for k in ("name", "identity")} for part in data["parts"]]
         for picture in data["request"]["pictures"]:
@@ -340,7 +344,7 @@ def versions(device: torch.device | str = "cpu") -> dict[str, str]:
 
     device = torch.device(device)
     found = {"fluxkiln": fluxkiln.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("numpy", "pillow", "transformers", "tokenizers", "triton", "tensorrt-rtx"):
+    for package in ("numpy", "pillow", "transformers", "tokenizers", "triton", "tensorrt-rtx", "tensorrt"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -32,6 +32,8 @@ def to_text(record: Record) -> str:
     lines += [(name, str(value)) for name, value in request.options.items() if value is not None]
     lines += [(part.name, f"{part.source} ({part.kind}, {part.identity[:12]})") for part in record.parts]
     lines.append(("backend", f"{record.backend}, {record.precision} on {record.device}, dtype {record.dtype}"))
+    if record.why:
+        lines.append(("chosen", record.why))
     lines += [(f"not {backend}", reason) for backend, reason in record.reasons.items()]
     if record.plan:
         layers = Counter(f"{layer.op} by {layer.implementation}" for layer in record.plan)

@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
+from fluxkiln import measurements
 from fluxkiln.config import FluxConfig
-from fluxkiln.kernels import Ops, eager_ops
+from fluxkiln.kernels import Ops, RefusedError, eager_ops
 from fluxkiln.kernels.recipe import Recipe
+from fluxkiln.record import versions
 
-BACKENDS = ("auto", "eager", "triton")
+if TYPE_CHECKING:
+    from fluxkiln.engines.store import Stored
 
-
-class RefusedError(RuntimeError):
-    """A backend that was asked for cannot run this; the message says why."""
+ORDER = ("trt", "triton", "eager")  # of `auto`, where no measurement decides
+BACKENDS = ("auto", *ORDER)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend and its operations.
+    """A backend and what it runs with: operations, or an engine.
 
     Attributes:
-        backend: its name; ops: what the graph is given.
+        backend: its name.
+        ops: what the graph is given; None for an engine.
+        engine: what `trt` runs; None for the others.
         reasons: every other backend -> why it was not picked.
-        emulated: quantised formats are computed in wider arithmetic than the hardware would use.
+        why: this one was.
+        measured: other backends that were timed beside it -> their step's time, as a multiple of its.
+        notices: what the user has to be told.
         fallback: it is not the one that was asked for.
     """
 
     backend: str
-    ops: Ops
-    reasons: dict[str, str]
-    emulated: bool = False
+    ops: Ops | None = None
+    engine: Stored | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+    why: str = "asked for"
+    measured: dict[str, float] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
     fallback: bool = False
 
 
@@ -42,8 +53,14 @@ def choose(
     device: torch.device,
     dtype: torch.dtype,
     fallback: bool = False,
+    find: Callable[[], Stored | str] = lambda: "there is no checkpoint to find an engine for",
+    known: Iterable[measurements.Measurement] | None = None,
 ) -> Choice:
     """The backend for a model: the one asked for, or with `auto` the fastest that can run it on `device`.
+
+    Args:
+        find: looks for an engine for the model: one, or why there is none.
+        known: measurements that `auto` compares by; None reads those of the release and of this user.
 
     Raises:
         ValueError: no such backend.
@@ -52,19 +69,56 @@ def choose(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     reasons: dict[str, str] = {}
-    for name in ("triton", "eager") if backend == "auto" else (backend, "eager") if fallback else (backend,):
-        unwise = _unwise(name, recipe, device) if backend == "auto" else None
-        reason = unwise or _refuse(name, config, recipe, device, dtype)
+    engine: Stored | None = None
+    able = []
+    for name in ORDER if backend == "auto" else (backend, "eager") if fallback else (backend,):
+        reason = _unwise(name, recipe, device) if backend == "auto" else None
+        if reason is None and name == "trt":
+            found = find()
+            reason, engine = (found, None) if isinstance(found, str) else (None, found)
         if reason is None:
-            emulated = name == "eager" and any(rule.format != "dense" for _, rule in recipe.rules)
-            return Choice(name, _ops(name, recipe, device), reasons, emulated, fallback=backend not in ("auto", name))
-        reasons[name] = reason
-    raise RefusedError("; ".join(f"backend {name}: {reason}" for name, reason in reasons.items()))
+            reason = _refuse(name, config, recipe, device, dtype)
+        if reason is None:
+            able.append(name)
+        else:
+            reasons[name] = reason
+    if not able:
+        raise RefusedError("; ".join(f"backend {name}: {reason}" for name, reason in reasons.items()))
+
+    def compare(names: list[str]) -> measurements.Pick:
+        sizes = (config, recipe.name, _DTYPES.get(dtype, str(dtype)))
+        where = measurements.device_name(versions(device))
+        return measurements.choose(names, *sizes, where, measurements.read() if known is None else known)
+
+    if backend == "auto":
+        pick = compare(able)
+        name, why, measured = pick.backend, pick.why, pick.measured
+        reasons |= pick.reasons
+        notices = []
+    else:
+        name, why, measured = able[0], "asked for", {}
+        notices = [f"backend {other} cannot run this: {reason}" for other, reason in reasons.items()]
+        if name == "trt" and (pick := compare(["trt", "triton"])).backend == "triton":
+            notices.append(f"backend triton is faster: trt was asked for, and {pick.reasons['trt']}")
+            measured = {"triton": 1 / pick.measured["trt"]}
+    return Choice(
+        backend=name,
+        ops=None if name == "trt" else _ops(name, recipe, device),
+        engine=engine if name == "trt" else None,
+        reasons={other: reasons[other] for other in ORDER if other in reasons},
+        why=why,
+        measured=measured,
+        notices=tuple(notices),
+        fallback=backend not in ("auto", name),
+    )
+
+
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def _refuse(backend: str, config: FluxConfig, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run a model."""
-    if backend == "eager":
+    if backend != "triton":
         return None
     from fluxkiln.kernels.registry import refuse_model
 

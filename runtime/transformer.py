@@ -5,7 +5,8 @@
     step       everything else: image and text tokens to velocity, the part that repeats.
 
 The stream is joint, `[B, L_txt + L_img, D]`, text first, in the double blocks too. Tensor names are the original
-release's. The graph is given its operations and names no backend.
+release's. The graph is given its operations and names no backend; what runs `step` by other means (`fluxkiln.engine`)
+shares `Network` with it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fluxkiln.config import TIME_EMBED_DIM, FluxConfig
-from fluxkiln.kernels import EAGER, Ops
+from fluxkiln.kernels import EAGER, Binding, Ops
 from fluxkiln.kernels.layers import Linear, QKNorm, Streams, rows
 from fluxkiln.kernels.qkv_rope import Projection
 
@@ -46,63 +48,25 @@ class SingleBlock:
     out: Streams
 
 
-class Transformer:
-    """FLUX.1's velocity network.
+class Network:
+    """FLUX.1's velocity network but for `step`: the modulation, the rotation, and how they are called.
 
     Args:
         config: its sizes.
-        tensors: native name -> tensor, all of one dtype and device (parameters work: eager is differentiable);
-            native name of a layer -> `Linear`, for layers that are more than weight and bias. Each is asked for once.
-        ops: who runs the operations.
+        tensors: as for `Transformer`; only those of the modulation are asked for.
     """
 
-    def __init__(self, config: FluxConfig, tensors: Mapping[str, Any], ops: Ops = EAGER) -> None:
-        def linear(name: str) -> Linear:
-            if name in tensors:
-                return tensors[name]
-            return Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"], name=name)
-
-        def qk_norm(name: str) -> QKNorm:
-            return QKNorm(tensors[f"{name}.query_norm.scale"], tensors[f"{name}.key_norm.scale"])
-
-        self.config, self.ops = config, ops
+    def __init__(self, config: FluxConfig, tensors: Mapping[str, Any]) -> None:
+        self.config = config
         self.loaded: Loaded | None = None  # how it was loaded, by whoever loaded it
-        self.embed = ops.pack(Streams((linear("txt_in"), linear("img_in"))))
         self.embedders = {
-            name: (linear(f"{name}_in.in_layer"), linear(f"{name}_in.out_layer"))
+            name: (_linear(tensors, f"{name}_in.in_layer"), _linear(tensors, f"{name}_in.out_layer"))
             for name in ("time", "guidance", "vector")
             if name != "guidance" or config.guidance_embed
         }
-        self.modulations: list[Linear] = []
-        self.double_blocks: list[DoubleBlock] = []
-        self.single_blocks: list[SingleBlock] = []
-        for i in range(config.depth):
-            text, image = f"double_blocks.{i}.txt", f"double_blocks.{i}.img"
-            self.modulations += [linear(f"{text}_mod.lin"), linear(f"{image}_mod.lin")]
-            self.double_blocks.append(
-                DoubleBlock(
-                    qkv=ops.pack_qkv(
-                        Streams((linear(f"{text}_attn.qkv"), linear(f"{image}_attn.qkv"))),
-                        (qk_norm(f"{text}_attn.norm"), qk_norm(f"{image}_attn.norm")),
-                    ),
-                    proj=ops.pack(Streams((linear(f"{text}_attn.proj"), linear(f"{image}_attn.proj")))),
-                    mlp_in=ops.pack(Streams((linear(f"{text}_mlp.0"), linear(f"{image}_mlp.0")))),
-                    mlp_out=ops.pack(Streams((linear(f"{text}_mlp.2"), linear(f"{image}_mlp.2")))),
-                )
-            )
-        for i in range(config.depth_single_blocks):
-            block = f"single_blocks.{i}"
-            self.modulations.append(linear(f"{block}.modulation.lin"))
-            both, cut = linear(f"{block}.linear1"), 3 * config.hidden_size
-            self.single_blocks.append(
-                SingleBlock(
-                    qkv=ops.pack_qkv(Streams((rows(both, slice(None, cut)),)), (qk_norm(f"{block}.norm"),)),
-                    mlp_in=ops.pack(Streams((rows(both, slice(cut, None)),))),
-                    out=ops.pack(Streams((linear(f"{block}.linear2"),))),
-                )
-            )
-        self.modulations.append(linear("final_layer.adaLN_modulation.1"))
-        self.final = ops.pack(Streams((linear("final_layer.linear"),)))
+        names = [f"double_blocks.{i}.{stream}_mod.lin" for i in range(config.depth) for stream in ("txt", "img")]
+        names += [f"single_blocks.{i}.modulation.lin" for i in range(config.depth_single_blocks)]
+        self.modulations = [_linear(tensors, name) for name in (*names, "final_layer.adaLN_modulation.1")]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -175,6 +139,83 @@ class Transformer:
         return torch.stack((angle.cos(), angle.sin()), dim=-1).to(torch.promote_types(self.dtype, torch.float32))
 
     def step(self, img: Tensor, txt: Tensor, mods: Tensor, rope: Tensor) -> Tensor:
+        """Velocity `[B, L_img, C_out]` from `img [B, L_img, C_in]`, `txt [B, L_txt, D_ctx]`, `mods [B, M, D]` and what
+        `rope` made."""
+        raise NotImplementedError
+
+    def describe(self, name: str, op: str) -> Binding:
+        """What runs a call of `step`, by its name and operation in `fluxkiln.workload`."""
+        raise NotImplementedError
+
+    def _embed(self, name: str, x: Tensor) -> Tensor:
+        inner, outer = self.embedders[name]
+        return outer(torch.nn.functional.silu(inner(x)))
+
+    def _check(
+        self, img: Tensor, txt: Tensor, pooled: Tensor, timestep: Tensor, img_ids: Tensor, txt_ids: Tensor
+    ) -> None:
+        c, b = self.config, img.shape[0]
+        for name, tensor, shape in (
+            ("img", img, (b, "L_img", c.in_channels)),
+            ("txt", txt, (b, "L_txt", c.context_in_dim)),
+            ("pooled", pooled, (b, c.vec_in_dim)),
+            ("timestep", timestep, (b,)),
+        ):
+            fits = len(shape) == tensor.ndim and all(
+                w in (n, "L_img", "L_txt") for w, n in zip(shape, tensor.shape, strict=True)
+            )
+            if not fits:
+                raise ValueError(f"{name} must be [{', '.join(map(str, shape))}], got {list(tensor.shape)}")
+        for name, ids, length in (("img_ids", img_ids, img.shape[1]), ("txt_ids", txt_ids, txt.shape[1])):
+            if ids.shape not in ((length, 3), (1, length, 3), (b, length, 3)):
+                raise ValueError(f"{name} must be [{length}, 3] or [{b}, {length}, 3], got {list(ids.shape)}")
+
+
+class Transformer(Network):
+    """The graph over the operations of `fluxkiln.kernels`.
+
+    Args:
+        config: its sizes.
+        tensors: native name -> tensor, all of one dtype and device (parameters work: eager is differentiable);
+            native name of a layer -> `Linear`, for layers that are more than weight and bias. Each is asked for once.
+        ops: who runs the operations.
+    """
+
+    def __init__(self, config: FluxConfig, tensors: Mapping[str, Any], ops: Ops = EAGER) -> None:
+        def qk_norm(name: str) -> QKNorm:
+            return QKNorm(tensors[f"{name}.query_norm.scale"], tensors[f"{name}.key_norm.scale"])
+
+        super().__init__(config, tensors)
+        self.ops, linear = ops, partial(_linear, tensors)
+        self.embed = ops.pack(Streams((linear("txt_in"), linear("img_in"))))
+        self.double_blocks: list[DoubleBlock] = []
+        self.single_blocks: list[SingleBlock] = []
+        for i in range(config.depth):
+            text, image = f"double_blocks.{i}.txt", f"double_blocks.{i}.img"
+            self.double_blocks.append(
+                DoubleBlock(
+                    qkv=ops.pack_qkv(
+                        Streams((linear(f"{text}_attn.qkv"), linear(f"{image}_attn.qkv"))),
+                        (qk_norm(f"{text}_attn.norm"), qk_norm(f"{image}_attn.norm")),
+                    ),
+                    proj=ops.pack(Streams((linear(f"{text}_attn.proj"), linear(f"{image}_attn.proj")))),
+                    mlp_in=ops.pack(Streams((linear(f"{text}_mlp.0"), linear(f"{image}_mlp.0")))),
+                    mlp_out=ops.pack(Streams((linear(f"{text}_mlp.2"), linear(f"{image}_mlp.2")))),
+                )
+            )
+        for i in range(config.depth_single_blocks):
+            block = f"single_blocks.{i}"
+            both, cut = linear(f"{block}.linear1"), 3 * config.hidden_size
+            self.single_blocks.append(
+                SingleBlock(
+                    qkv=ops.pack_qkv(Streams((rows(both, slice(None, cut)),)), (qk_norm(f"{block}.norm"),)),
+                    mlp_in=ops.pack(Streams((rows(both, slice(cut, None)),))),
+                    out=ops.pack(Streams((linear(f"{block}.linear2"),))),
+                )
+            )
+        self.final = ops.pack(Streams((linear("final_layer.linear"),)))
+
+    def step(self, img: Tensor, txt: Tensor, mods: Tensor, rope: Tensor) -> Tensor:
         """Velocity `[B, L_img, C_out]` from `img [B, L_img, C_in]`, `txt [B, L_txt, D_ctx]` and `mods [B, M, D]`."""
         ops, split, at = self.ops, txt.shape[1], 0
         x = ops.linear((txt, img), self.embed)
@@ -201,28 +242,17 @@ class Transformer:
         shift, scale = mods[:, at:, None].unbind(1)
         return ops.linear((ops.norm_modulate(x[:, split:], shift, scale, 0),), self.final)
 
-    def _embed(self, name: str, x: Tensor) -> Tensor:
-        inner, outer = self.embedders[name]
-        return outer(torch.nn.functional.silu(inner(x)))
+    def describe(self, name: str, op: str) -> Binding:
+        """What the operations bind a call to."""
+        *block, field = name.split(".")
+        holder = getattr(self, block[0])[int(block[1])] if block else self
+        return self.ops.describe(op, getattr(holder, field, None))
 
-    def _check(
-        self, img: Tensor, txt: Tensor, pooled: Tensor, timestep: Tensor, img_ids: Tensor, txt_ids: Tensor
-    ) -> None:
-        c, b = self.config, img.shape[0]
-        for name, tensor, shape in (
-            ("img", img, (b, "L_img", c.in_channels)),
-            ("txt", txt, (b, "L_txt", c.context_in_dim)),
-            ("pooled", pooled, (b, c.vec_in_dim)),
-            ("timestep", timestep, (b,)),
-        ):
-            fits = len(shape) == tensor.ndim and all(
-                w in (n, "L_img", "L_txt") for w, n in zip(shape, tensor.shape, strict=True)
-            )
-            if not fits:
-                raise ValueError(f"{name} must be [{', '.join(map(str, shape))}], got {list(tensor.shape)}")
-        for name, ids, length in (("img_ids", img_ids, img.shape[1]), ("txt_ids", txt_ids, txt.shape[1])):
-            if ids.shape not in ((length, 3), (1, length, 3), (b, length, 3)):
-                raise ValueError(f"{name} must be [{length}, 3] or [{b}, {length}, 3], got {list(ids.shape)}")
+
+def _linear(tensors: Mapping[str, Any], name: str) -> Linear:
+    if name in tensors:
+        return tensors[name]
+    return Linear(tensors[f"{name}.weight"], tensors[f"{name}.bias"], name=name)
 
 
 def sinusoidal(t: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from fluxkiln import sampling
 from fluxkiln.config import FluxConfig, scaled_axes
-from fluxkiln.kernels import Ops, eager_ops, formats, qkv_rope, recipe, registry
+from fluxkiln.kernels import Ops, RefusedError, eager_ops, formats, qkv_rope, recipe, registry
 from fluxkiln.kernels.attention import Values, dequantize_values
 from fluxkiln.kernels.formats import Activation, Quant, dequantize
 from fluxkiln.kernels.layers import Linear, QKNorm, Streams
 from fluxkiln.kernels.recipe import RECIPES, Recipe
-from fluxkiln.select import RefusedError, choose
+from fluxkiln.select import choose
 from fluxkiln.transformer import Transformer
 
 SLACK = 2.0  # times eager's own error
@@ -112,7 +112,7 @@ def operations(sizes: Sizes, device: torch.device, backends: Sequence[str]) -> I
             start = time.perf_counter()
             try:
                 got = eager if backend == "eager" else registry.run(op, *args, backend=backend)
-            except registry.RefusedError as refusal:
+            except RefusedError as refusal:
                 yield Verdict(op, format, backend, refused=str(refusal))
                 continue
             found = values(got, half_layout=backend == "triton" and op == "qkv_rope")
@@ -208,7 +208,7 @@ TINY = FluxConfig(
 def denoises(device: torch.device, backends: Sequence[str]) -> Iterator[Verdict]:
     for precision in registry.FORMATS:
         chosen = RECIPES[precision]
-        layers = {name: _to(layer, device) for name, layer in tiny_model(chosen).items()}
+        layers = {name: to(layer, device) for name, layer in tiny_model(chosen).items()}
         wide = {name: exact(layer) for name, layer in layers.items()}
         reference = Transformer(TINY, wide, eager_ops(chosen.attention))
         truth = [_denoise(reference, reference)]
@@ -228,9 +228,11 @@ def denoises(device: torch.device, backends: Sequence[str]) -> Iterator[Verdict]
 def select(backend: str, chosen: Recipe, device: torch.device) -> Ops | str:
     """A backend's operations for the small model, or why there are none."""
     try:
-        return choose(backend, TINY, chosen, device, torch.bfloat16).ops
+        ops = choose(backend, TINY, chosen, device, torch.bfloat16).ops
     except RefusedError as refusal:
         return str(refusal)
+    assert ops is not None, "engines are verified by `verify_engines`"
+    return ops
 
 
 def tiny_model(chosen: Recipe, seed: int = 0) -> dict[str, Any]:
@@ -271,9 +273,10 @@ def _denoise(transformer: Transformer, reference: Transformer) -> Tensor:
     return x
 
 
-def _to(x: Any, device: torch.device) -> Any:
+def to(x: Any, device: torch.device) -> Any:
+    """A tensor, or a layer with all its tensors, on a device."""
     if isinstance(x, Tensor):
         return x.to(device)
     if is_dataclass(x):
-        return replace(x, **{f.name: _to(getattr(x, f.name), device) for f in fields(x)})  # type: ignore[type-var]
+        return replace(x, **{f.name: to(getattr(x, f.name), device) for f in fields(x)})  # type: ignore[type-var]
     return x

@@ -10,7 +10,7 @@ import pytest
 
 from fluxkiln import measurements
 from fluxkiln.config import DEV, SCHNELL, FluxConfig
-from fluxkiln.measurements import choose, keep, of_result, read
+from fluxkiln.measurements import Pick, choose, keep, of_result, read
 from fluxkiln.workload import Tokens
 
 H100 = "NVIDIA H100 80GB HBM3 (sm_90)"
@@ -32,25 +32,37 @@ def result(backend: str, seconds: float, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def picked(*results: dict[str, Any], order: tuple[str, ...] = ORDER) -> tuple[str, str]:
+def picked(*results: dict[str, Any], order: tuple[str, ...] = ORDER) -> Pick:
     return choose(order, DEV, "fp8", "bf16", H100, map(of_result, results))
 
 
-def test_the_fastest_is_picked_and_the_reason_said() -> None:
-    assert picked(result("trt", 1.0), result("triton", 0.8), result("eager", 2.0)) == (
+def test_the_fastest_is_picked_and_the_reasons_said() -> None:
+    pick = picked(result("trt", 1.0), result("triton", 0.8), result("eager", 2.0))
+    assert pick == Pick(
         "triton",
-        f"its step was timed on {H100} at 0.80 of trt's, 0.40 of eager's",
+        f"its step was timed on {H100}: trt's takes 1.25 times as long, eager's takes 2.50 times as long",
+        {
+            "trt": f"its step takes 1.25 times as long as triton's on {H100}",
+            "eager": f"its step takes 2.50 times as long as triton's on {H100}",
+        },
+        {"trt": 1.25, "eager": 2.5},
     )
-    assert picked(result("trt", 1.0), result("triton", 1.25))[0] == "trt"
+    assert picked(result("trt", 1.0), result("triton", 1.25)).backend == "trt"
 
 
 def test_close_calls_and_no_measurements_fall_to_the_order() -> None:
     for results in ([], [result("triton", 0.1)]):
-        assert picked(*results) == ("trt", "first in the fixed order, as none was timed beside it")
-    assert picked(result("trt", 1.0), result("triton", 0.96)) == (
-        "trt",
-        f"its step was timed on {H100} at 1.04 of triton's",
+        pick = picked(*results)
+        assert pick.backend == "trt"
+        assert pick.why.startswith("first in the fixed order, as none was timed beside it")
+        assert pick.reasons["triton"] == f"it was not timed beside trt on {H100}"
+        assert pick.measured == {}
+    pick = picked(result("trt", 1.0), result("triton", 0.96))
+    assert pick.backend == "trt"
+    assert pick.reasons["triton"] == (
+        f"its step takes 0.96 times as long as trt's on {H100}, too close to decide: the fixed order does"
     )
+    assert picked(order=("eager",)).why == "the only one that can run this here"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +77,7 @@ def test_close_calls_and_no_measurements_fall_to_the_order() -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_only_comparable_measurements_count(change: dict[str, Any]) -> None:
-    assert picked(result("trt", 1.0), result("triton", 0.1, **change))[0] == "trt"
+    assert picked(result("trt", 1.0), result("triton", 0.1, **change)).backend == "trt"
 
 
 def test_sizes_are_compared_one_by_one() -> None:
@@ -76,7 +88,7 @@ def test_sizes_are_compared_one_by_one() -> None:
         (Tokens(512, 9216), 9.0, 10.0),
     ):
         results += [result("trt", trt, tokens=tokens), result("triton", triton, tokens=tokens)]
-    assert picked(*results)[1].endswith("0.80 of trt's")
+    assert picked(*results).measured == {"trt": 1.25}
 
 
 def test_kept_results_are_read_again_and_replaced(tmp_path: Path) -> None:
@@ -89,7 +101,7 @@ def test_kept_results_are_read_again_and_replaced(tmp_path: Path) -> None:
     (own / "notes.json").write_text("{}")
     found = list(read([release, own, tmp_path / "absent"]))
     assert [(m.backend, m.seconds) for m in found] == [("triton", 1.0), ("trt", 1.0), ("triton", 0.25)]
-    assert choose(ORDER, DEV, "fp8", "bf16", H100, found)[0] == "triton"  # the user's own, 0.25 of trt
+    assert choose(ORDER, DEV, "fp8", "bf16", H100, found).backend == "triton"  # the user's own, 0.25 of trt
     assert sorted(p.name for p in own.iterdir() if p.suffix == ".part") == []
 
 

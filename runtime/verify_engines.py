@@ -1,0 +1,349 @@
+"""`fluxkiln verify --engines`: load, supply and run TensorRT engines on the GPU at hand, beside eager.
+
+What a test without a GPU cannot show. Small engines of every precision, with weights inside and supplied, are built
+for this GPU and held to float64; then every engine of the store that is valid here is held to eager on the model it
+was built for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fluxkiln import sampling
+from fluxkiln.config import FluxConfig
+from fluxkiln.engine import PART, EngineTransformer, digest, find, supply
+from fluxkiln.engines.session import Scratch, SessionError
+from fluxkiln.engines.store import Store, Stored, StoreError, Subject
+from fluxkiln.kernels import RefusedError, eager_ops
+from fluxkiln.kernels.recipe import RECIPES, Recipe
+from fluxkiln.transformer import Network, Transformer
+from fluxkiln.verify import SLACK, TINY, exact, tiny_model, to
+from fluxkiln.workload import Tokens
+
+# Largest relative difference from eager, in the L2 norm, of a whole network in the same precision: both round, at
+# different places.
+LIMITS = {"bf16": 0.05, "fp8": 0.1, "nvfp4": 0.2}
+STEPS = 2
+RUNS = 5  # timed
+WEIGHTS: tuple[Literal["inside", "refit"], ...] = ("inside", "refit")
+TRIAL = "trial"  # model name of the small engines
+
+
+@dataclass(frozen=True)
+class EngineVerdict:
+    """One row of the report.
+
+    Attributes:
+        model, precision, weights, key: of the engine.
+        refused: why it was not run; failed: what TensorRT said when it was.
+        tokens: `text+image` of the denoise.
+        error: relative difference of its latents from the truth's (a trial's) or eager's; limit: what is allowed.
+            None where eager had no room on the GPU.
+        repeated: the second image has the bytes of the first.
+        load_seconds: deserialising, supplying weights, making a context.
+        first_seconds: of the first step, which compiles its kernels; step_seconds: median of later ones.
+    """
+
+    model: str
+    precision: str
+    weights: str
+    key: str = ""
+    refused: str | None = None
+    failed: str | None = None
+    tokens: str = ""
+    error: float | None = None
+    limit: float | None = None
+    repeated: bool | None = None
+    load_seconds: float | None = None
+    first_seconds: float | None = None
+    step_seconds: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """A refused engine is not wrong; NaN is."""
+        if self.refused is not None:
+            return True
+        near = self.error is None or (self.limit is not None and self.error <= self.limit)
+        return self.failed is None and near and self.repeated is True
+
+
+def verify_engines(
+    store: Store,
+    model: str | None = None,
+    progress: Callable[[EngineVerdict], None] = lambda verdict: None,
+) -> list[EngineVerdict]:
+    """Run everything.
+
+    Args:
+        store: its engines are run; it is not written to.
+        model: to run them with, where those that they were built for are not found by name.
+        progress: told every verdict as it comes.
+
+    Raises:
+        RefusedError: there is no GPU, or no TensorRT.
+    """
+    from fluxkiln.engines.flavour import PACKAGE, installed
+
+    if not torch.cuda.is_available():
+        raise RefusedError("engines run on an NVIDIA GPU, and torch finds none here: run this on the machine with one")
+    if not installed():
+        raise RefusedError(f"no TensorRT is installed: {PACKAGE['tensorrt_rtx']}")
+    device = torch.device("cuda")
+    scratch, verdicts = Scratch(device), []
+    with tempfile.TemporaryDirectory() as folder:
+        for verdict in itertools.chain(trials(Store(folder), device, scratch), stored(store, device, scratch, model)):
+            verdicts.append(verdict)
+            progress(verdict)
+    return verdicts
+
+
+# --- small engines ----------------------------------------------------------------------------
+
+
+def trials(store: Store, device: torch.device, scratch: Scratch) -> Iterator[EngineVerdict]:
+    """Engines of the small network, built for this GPU and held to float64."""
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    for precision, weights in itertools.product(LIMITS, WEIGHTS):
+        row = EngineVerdict(TRIAL, precision, weights)
+        recipe = RECIPES[precision]
+        layers = tiny_model(recipe)
+        try:
+            engine = build_trial(store, precision, weights, arch, layers)
+        except (RefusedError, RuntimeError) as error:
+            yield replace(row, refused=str(error))
+            continue
+        layers = {name: to(layer, device) for name, layer in layers.items()}
+        wide = {name: exact(layer) for name, layer in layers.items()}
+        truth = Transformer(TINY, wide, eager_ops(recipe.attention))
+        for inputs in (Inputs.of(truth, Tokens(9, 24)), Inputs.of(truth, Tokens(16, 64))):
+            want = inputs.denoise(truth)
+            own = relative(inputs.denoise(Transformer(TINY, layers, eager_ops(recipe.attention))), want)
+            yield check(replace(row, key=engine.key), engine, TINY, layers, scratch, inputs, want, SLACK * own)
+
+
+def build_trial(
+    store: Store, precision: str, weights: Literal["inside", "refit"], arch: str, layers: Mapping[str, Any]
+) -> Stored:
+    """A small engine in the store.
+
+    Raises:
+        RefusedError: TensorRT does not build this precision for this architecture; the message says why.
+        BuildError, StructureError: it did not build it.
+    """
+    from fluxkiln.engines.flavour import flavour
+    from fluxkiln.export.build import Profile, build, refuse
+    from fluxkiln.export.graph import trace
+    from fluxkiln.export.weights import values
+
+    if reason := refuse(precision, arch, flavour()):
+        raise RefusedError(reason)
+    traced, profile = trace(TINY, layers), Profile(image=(16, 24, 64), text=(1, 16, 16))
+    inside = values(traced.parameters, layers) if weights == "inside" else None
+    built = build(traced, arch, profile, inside)
+    subject = Subject(
+        part=PART,
+        graph=digest(traced.proto),
+        model=TRIAL,
+        precision=precision,
+        recipe=RECIPES[precision].to_json(),
+        profile={name: [list(shape) for shape in shapes] for name, shapes in profile.shapes(traced.inputs).items()},
+        arch=arch,
+        flavour=flavour().name,
+        version=flavour().version,
+        weights=weights,
+    )
+    parameters = {name: dataclasses.asdict(parameter) for name, parameter in traced.parameters.items()}
+    structure = dataclasses.asdict(built.structure)
+    store.add(subject, built.plan, model_name=TRIAL, structure=structure, parameters=parameters, seconds=built.seconds)
+    engine = store.find(subject)
+    assert engine is not None
+    return engine
+
+
+# --- the store's engines ----------------------------------------------------------------------
+
+
+def stored(store: Store, device: torch.device, scratch: Scratch, model: str | None) -> Iterator[EngineVerdict]:
+    """Every engine of the store, held to eager on its model at its least and its best size."""
+    from fluxkiln.checkpoint import open_checkpoint
+    from fluxkiln.export.weights import shadow
+    from fluxkiln.hub import resolve
+    from fluxkiln.quantize import Layers
+
+    for engine in store:
+        if engine.manifest is None:
+            yield EngineVerdict("", "", "", engine.key, engine.refusal)
+            continue
+        subject, name = engine.subject, model or engine.manifest.model_name
+        row = EngineVerdict(engine.manifest.model_name, subject.precision, subject.weights, engine.key)
+        if subject.part != PART:
+            yield replace(row, refused=f"it runs the part {subject.part}, not a step")
+            continue
+        recipe = Recipe.from_json(subject.recipe)
+        try:
+            checkpoint = open_checkpoint(resolve(name, ("transformer",)))
+        except (ValueError, OSError, RuntimeError) as error:
+            yield replace(row, refused=f"its model is not here, name it with --model: {error}")
+            continue
+        meta = partial(shadow, checkpoint, recipe, torch.bfloat16)
+        found = find(checkpoint.config, recipe, device, torch.bfloat16, meta, checkpoint.identity, engine.folder, store)
+        if isinstance(found, str):
+            yield replace(row, refused=found)
+            continue
+        config, layers = checkpoint.config, partial(Layers, checkpoint, recipe, dtype=torch.bfloat16)
+        for inputs, want in of_eager(config, recipe, layers(device), engine):
+            limit = None if want is None else LIMITS[subject.precision]
+            yield check(row, engine, config, layers(device), scratch, inputs, want, limit)
+
+
+def of_eager(
+    config: FluxConfig, recipe: Recipe, layers: Mapping[str, Any], engine: Stored
+) -> list[tuple[Inputs, Tensor | None]]:
+    """Inputs of an engine's least and best size, and what eager makes of them, None where it has no room."""
+    images, texts = (engine.subject.profile[name] for name in ("hidden_states", "encoder_hidden_states"))
+    sizes = sorted({(texts[i][1], images[i][1]) for i in (0, 1)})
+    try:
+        eager = Transformer(config, layers, eager_ops(recipe.attention))
+        inputs = [Inputs.of(eager, Tokens(*size)) for size in sizes]
+        results: list[Tensor | None] = [each.denoise(eager) for each in inputs]
+    except torch.OutOfMemoryError:
+        inputs = [Inputs.of(Network(config, layers), Tokens(*size)) for size in sizes]
+        results = [None] * len(inputs)
+    # The engine comes next and needs the room; only this function held eager's weights.
+    gc.collect()
+    torch.cuda.empty_cache()
+    return list(zip(inputs, results, strict=True))
+
+
+# --- one engine -------------------------------------------------------------------------------
+
+
+def check(
+    row: EngineVerdict,
+    engine: Stored,
+    config: FluxConfig,
+    layers: Mapping[str, Any],
+    scratch: Scratch,
+    inputs: Inputs,
+    want: Tensor | None,
+    limit: float | None,
+) -> EngineVerdict:
+    """Load an engine, make two images, compare, and time it."""
+    row = replace(row, tokens=f"{inputs.txt.shape[1]}+{inputs.img.shape[1]}")
+    try:
+        start = time.perf_counter()
+        model = EngineTransformer(config, layers, engine, supply(engine, layers), scratch)
+        load = time.perf_counter() - start
+        first = seconds(lambda: inputs.step(model, 0, inputs.img))
+        one, two = inputs.denoise(model), inputs.denoise(model)
+        step = statistics.median(seconds(lambda: inputs.step(model, 0, inputs.img)) for _ in range(RUNS))
+    except (SessionError, StoreError) as error:
+        return replace(row, failed=str(error))
+    return replace(
+        row,
+        error=None if want is None else relative(one, want),
+        limit=limit,
+        repeated=torch.equal(one, two) and bool(one.isfinite().all()),
+        load_seconds=load,
+        first_seconds=first,
+        step_seconds=step,
+    )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Of a denoise of `STEPS` steps: noise, text, the modulation of each step, positions."""
+
+    img: Tensor
+    txt: Tensor
+    mods: Tensor  # [STEPS, 1, M, D]
+    txt_ids: Tensor
+    img_ids: Tensor
+
+    @classmethod
+    def of(cls, network: Network, tokens: Tokens) -> Inputs:
+        """Random ones, always the same; the modulation is the network's own."""
+        config, device, g = network.config, network.device, torch.Generator().manual_seed(1)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=g).bfloat16().to(device)
+
+        schedule = torch.tensor(sampling.schedule(STEPS, tokens.image)[:STEPS], device=device)
+        guidance = torch.full((STEPS,), 3.5, device=device) if config.guidance_embed else None
+        rows = next(rows for rows in range(math.isqrt(tokens.image), 0, -1) if tokens.image % rows == 0)
+        with torch.inference_mode():
+            mods = network.modulate(normal(1, config.vec_in_dim).expand(STEPS, -1), schedule, guidance)
+        return cls(
+            normal(1, tokens.image, config.in_channels),
+            normal(1, tokens.text, config.context_in_dim),
+            mods[:, None],
+            torch.zeros(tokens.text, 3),
+            sampling.positions(rows, tokens.image // rows),
+        )
+
+    def step(self, network: Network, i: int, x: Tensor) -> Tensor:
+        dense = (x.to(network.dtype), self.txt.to(network.dtype), self.mods[i].to(network.dtype))
+        with torch.inference_mode():
+            return network.step(*dense, network.rope(self.txt_ids, self.img_ids))
+
+    def denoise(self, network: Network) -> Tensor:
+        """Latents `[1, L, C]` in float64."""
+        schedule = sampling.schedule(STEPS, self.img.shape[1])
+        x = self.img.double()
+        channels = network.config.out_channels
+        for i, (now, then) in enumerate(itertools.pairwise(schedule)):
+            velocity = self.step(network, i, x).double()
+            x = torch.cat((x[..., :channels] + (then - now) * velocity, x[..., channels:]), dim=-1)
+        return x[..., :channels]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def seconds(run: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# --- the report -------------------------------------------------------------------------------
+
+
+def report(verdicts: Sequence[EngineVerdict], machine: Mapping[str, str]) -> str:
+    """Markdown, to be sent back."""
+    lines = ["## fluxkiln verify --engines", "", *(f"- {name} {version}" for name, version in machine.items()), ""]
+    lines.append(
+        "| engine | precision | weights | text+image | error | limit | image 2 = 1 | load s | first s | step s |"
+    )
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    for v in verdicts:
+        if v.refused or v.failed:
+            what = f"**FAILED**: {v.failed}" if v.failed else f"not run: {v.refused}"
+            lines.append(f"| {v.key} {v.model} | {v.precision} | {v.weights} | {what} | | | | | | |")
+            continue
+        error = "no room for eager" if v.error is None else f"{v.error:.2e}"
+        limit = "" if v.limit is None else f"{v.limit:.2e}"
+        mark = "" if v.passed else " **WRONG**"
+        times = " | ".join("" if s is None else f"{s:.4f}" for s in (v.load_seconds, v.first_seconds, v.step_seconds))
+        repeated = "yes" if v.repeated else "no"
+        lines.append(
+            f"| {v.key} {v.model}{mark} | {v.precision} | {v.weights} | {v.tokens} | {error} | {limit} | {repeated} "
+            f"| {times} |"
+        )
+    return "\n".join(lines)
