@@ -11,18 +11,22 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from fluxkiln.bench import image
+from fluxkiln.bench.fidelity import fidelity
+from fluxkiln.bench.image import Settings
 from fluxkiln.bench.suite import Item
 from fluxkiln.kernels.recipe import BY_NORM, BY_TILE, Recipe, Rule
 
 if TYPE_CHECKING:
     from fluxkiln.pipeline import Pipeline
+    from fluxkiln.transformer import Transformer
 
 KINDS = {
     "double qkv": ("double_blocks.*_attn.qkv",),
@@ -35,23 +39,10 @@ KINDS = {
 }
 
 
-def latents(pipe: Pipeline, items: Sequence[Item], steps: int, seed: int) -> list[Tensor]:
-    """Final latents `[1, L, C]` of each item after `steps` steps, always from the same noise."""
-    return [
-        pipe(
-            item.prompt,
-            image=item.source(pipe.side),
-            width=item.width,
-            height=item.height,
-            seed=seed if item.seed is None else item.seed,
-            num_inference_steps=steps,
-            output_type="latent",
-            progress=False,
-        )
-        .images[0]
-        .double()
-        for item in items
-    ]
+def latents(pipe: Pipeline, items: Sequence[Item], settings: Settings) -> list[Tensor]:
+    """Final latents `[L, C]` of each item in fp64."""
+    outputs = (image.request(pipe, item, settings, output_type="latent") for item in items)
+    return [output.images[0].double() for output in outputs]
 
 
 def relative_errors(results: Sequence[Tensor], truths: Sequence[Tensor]) -> float:
@@ -60,33 +51,71 @@ def relative_errors(results: Sequence[Tensor], truths: Sequence[Tensor]) -> floa
     return statistics.median(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
 
-def ablate(pipe: Pipeline, recipes: dict[str, Recipe], load: Any, items: Sequence[Item], steps: int, seed: int) -> list:
-    """A row for each recipe; `load(recipe)` makes its transformer. The pipeline is left as it came."""
-    whole = pipe.transformer
-    one, all_steps = latents(pipe, items, 1, seed), latents(pipe, items, steps, seed)
-    settings, rows = image.Settings(steps, None, seed), []
+def step_errors(
+    pipe: Pipeline, model: str, items: Sequence[Item], settings: Settings, steps: Sequence[int] = (1, 4)
+) -> dict[str, float]:
+    """How far one and a few steps end from those of eager in bf16, from identical noise: medians over the items.
+
+    Args:
+        pipe: left with that transformer, so that two of them never share the memory.
+        model: what its transformer was opened from.
+    """
+    import torch
+
+    import fluxkiln
+
+    device, runs = pipe.device, {n: replace(settings, steps=n) for n in steps}
+    found = {n: latents(pipe, items, run) for n, run in runs.items()}
+    pipe.transformer = None
+    pipe.transformer = fluxkiln.load_transformer(model, backend="eager", device=device, dtype=torch.bfloat16)
+    return {f"{n} steps": relative_errors(found[n], latents(pipe, items, run)) for n, run in runs.items()}
+
+
+def ablate(
+    pipe: Pipeline,
+    recipes: Mapping[str, Recipe],
+    load: Callable[[Recipe], Transformer],
+    items: Sequence[Item],
+    settings: Settings,
+    tell: Callable[[dict[str, Any]], object] = lambda row: None,
+) -> list[dict[str, Any]]:
+    """A row for the unquantised model and one for each recipe.
+
+    Args:
+        pipe: left with the last recipe's transformer: only one at a time is in memory.
+        load: makes a recipe's transformer.
+        tell: gets each row as soon as there is one.
+    """
+    first, rows = replace(settings, steps=1), list[dict[str, Any]]()
+    one, all_steps = latents(pipe, items, first), latents(pipe, items, settings)
     with tempfile.TemporaryDirectory() as scratch:
-        truth = Path(scratch) / "truth"
-        image.make(pipe, items, truth, settings, progress=False)
+        truth = Path(scratch) / "unquantised"
         for i, (name, recipe) in enumerate({"unquantised": None, **recipes}.items()):
-            folder = Path(scratch) / str(i)
+            folder = truth if recipe is None else Path(scratch) / str(i)
             row: dict[str, Any] = {"layers": name}
-            try:
-                if recipe is not None:
-                    pipe.transformer = load(recipe)
-                    row["one_step_error"] = relative_errors(latents(pipe, items, 1, seed), one)
-                    row["error"] = relative_errors(latents(pipe, items, steps, seed), all_steps)
-                    image.make(pipe, items, folder, settings, progress=False)
-                    row |= image.fidelity(folder, truth)
-            finally:
-                pipe.transformer = whole
-            measured = image.summarize(image.measure(items, folder if recipe is not None else truth))
-            if measured:
-                row["right"] = measured.get("all", next(iter(measured.values())))["right"]
-                row["of"] = sum(item.scene is not None for item in items)
+            if recipe is not None:
+                pipe.transformer = None
+                pipe.transformer = load(recipe)
+                row["one_step_error"] = relative_errors(latents(pipe, items, first), one)
+                row["error"] = relative_errors(latents(pipe, items, settings), all_steps)
+            image.make(pipe, items, folder, settings, progress=False)
+            if recipe is not None:
+                row |= fidelity(folder, truth)
+            if judged := [verdict for verdict in image.measure(items, folder) if "ok" in verdict]:
+                row |= {"right": sum(verdict["ok"] for verdict in judged), "of": len(judged)}
             rows.append(row)
-            print(_line(row), flush=True)
+            tell(row)
     return rows
+
+
+def recipes(formats: Sequence[str], scale: str = "row") -> dict[str, Recipe]:
+    """A recipe for each format and kind of layer; `scale` is of inputs that are written by a fused product."""
+    found = {}
+    for form in formats:
+        for kind, patterns in KINDS.items():
+            rules = tuple((p, Rule(form, scale if p in BY_TILE else "row")) for p in patterns)
+            found[f"{form} {kind}"] = Recipe(f"{form} {kind}", rules)
+    return found
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -102,6 +131,7 @@ def main(argv: Sequence[str]) -> int:
         prog="fluxkiln bench image ablate", description="Quantise one kind of layer at a time and measure the pictures."
     )
     image.add_model_arguments(parser)
+    parser.add_argument("--guidance", type=float, help="distilled guidance (default: the model's)")
     parser.add_argument("--format", nargs="+", default=["fp8", "nvfp4"], choices=["fp8", "nvfp4"])
     parser.add_argument("--scale", default="row", choices=["row", "bound"], help="of inputs behind a fused product")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -116,17 +146,20 @@ def main(argv: Sequence[str]) -> int:
         options = image.model_options(args)
         return fluxkiln.load_transformer(args.model, recipe=recipe, **options)
 
-    recipes = {}
-    for form in args.format:
-        for kind, patterns in KINDS.items():
-            by_tile = set(patterns) & set(BY_TILE)
-            rules = tuple((p, Rule(form, args.scale if p in by_tile else "row")) for p in patterns)
-            recipes[f"{form} {kind}"] = Recipe(f"{form} {kind}", rules)
     heading = ("one step", f"{args.steps} steps", "PSNR", "SSIM", "FLIP", "right")
-    print(f"{'quantised':24} " + " ".join(f"{cell:>9}" for cell in heading))
-    rows = ablate(pipe, recipes, load, items, args.steps, args.seed)
+    if not args.json:
+        print(f"{'quantised':24} " + " ".join(f"{cell:>9}" for cell in heading))
+    settings = Settings(args.steps, args.guidance, args.seed)
+    tell = (lambda row: None) if args.json else (lambda row: print(_line(row), flush=True))
+    rows = ablate(pipe, recipes(args.format, args.scale), load, items, settings, tell)
+    results: dict[str, Any] = {"suite": args.suite, "model": args.model, "items": len(items), **asdict(settings)}
     if args.model == "shapes":
-        print(image.SHAPES_NOTE)
+        results["note"] = image.SHAPES_NOTE
+    results["rows"] = rows
+    if args.json:
+        print(json.dumps(results))
+    elif "note" in results:
+        print(results["note"])
     if args.out:
-        args.out.write_text(json.dumps({"suite": args.suite, "steps": args.steps, "rows": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
     return 0

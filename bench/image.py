@@ -2,186 +2,198 @@
 
     fluxkiln bench image --suite shapes --out run                make and measure; run/results.json, run/images/
     fluxkiln bench image --suite shapes --reference other-run    and say how far from the pictures of another run
+    fluxkiln bench image --guidance 0 1 2 3.5 --out sweep        a run for each value, one table
     fluxkiln bench image compare run other-run --sheet s.png     any two folders of pictures, side by side
     fluxkiln bench image ablate --format fp8                     which block linears tolerate a format
 
 Fidelity to a reference means little alone, since trajectories diverge by rounding: `--floor` names a run of the same
-seeds through another implementation in the same precision, and its distance is printed beside ours.
-What low precision does to the little "shapes" model does not transfer to 12 B parameters.
+seeds through another implementation in the same precision (`--peer diffusers` makes one), and its distance is printed
+beside ours. What low precision does to the little "shapes" model does not transfer to 12 B parameters.
+
+Pictures are made one at a time, so that each is what the same request alone would make.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import itertools
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from fluxkiln.bench import metrics, shapes_judge, suite
+from fluxkiln.bench import fidelity, learned, metrics, shapes_judge, suite
+from fluxkiln.bench.fidelity import contact_sheet, read
 from fluxkiln.bench.suite import Item
 
 if TYPE_CHECKING:
-    from fluxkiln.pipeline import Pipeline
+    from fluxkiln.pipeline import Output, Pipeline
 
 SHAPES_NOTE = "The shapes model is tiny: what a precision or kernel does to it does not transfer to 12 B parameters."
-SHEET_COLUMNS = 6
+DTYPES = ("fp32", "bf16")
+COMMON = ("parts", "variant", "backend", "precision", "dtype", "device", "plan", "coverage", "versions", "determinism")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the pictures are made."""
+    """How the pictures are made. A negative prompt, by default an empty one, acts where `true_cfg_scale` is above 1."""
 
-    steps: int | None
-    guidance: float | None
-    seed: int
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    true_cfg_scale: float = 1.0
+    negative_prompt: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A folder's name that tells it from the other settings of a sweep."""
+        cfg = f" cfg-{self.true_cfg_scale:g}" if self.true_cfg_scale > 1 else ""
+        return f"guidance-{'default' if self.guidance is None else format(self.guidance, 'g')}{cfg}"
 
 
 # -- making ---------------------------------------------------------------------------------------------------------
 
 
+def request(pipe: Pipeline, item: Item, settings: Settings, made: Path | None = None, **options: Any) -> Output:
+    """Call the pipeline with what an item asks for; `made` is the folder of pictures that it may follow."""
+    if settings.true_cfg_scale > 1:
+        negative = settings.negative_prompt if item.negative_prompt is None else item.negative_prompt
+        options |= {"true_cfg_scale": settings.true_cfg_scale, "negative_prompt": negative or ""}
+    return pipe(
+        item.prompt,
+        image=item.source(pipe.side, made),
+        width=item.width,
+        height=item.height,
+        seed=settings.seed + item.number if item.seed is None else item.seed,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        progress=False,
+        **options,
+    )
+
+
 def make(pipe: Pipeline, items: Sequence[Item], folder: Path, settings: Settings, progress: bool = True) -> list[dict]:
-    """Make each item's picture as `folder/images/ID.png`; return its record and digests. Finished ones are kept."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    log, made = folder / "made.jsonl", {}
+    """Make each item's picture as `folder/images/ID.png`; return its id, key and record.
+
+    A picture that is there already is made again if anything that can change a byte of it is another now.
+    """
+    pictures, log, made = folder / "images", folder / "made.jsonl", dict[str, dict]()
+    pictures.mkdir(parents=True, exist_ok=True)
     if log.exists():
         made = {entry["id"]: entry for entry in map(json.loads, log.read_text().splitlines())}
     began = time.monotonic()
-    for number, item in enumerate(items, 1):
-        path = folder / "images" / f"{item.id}.png"
-        wanted = _digest([item.prompt, item.seed, settings.steps, settings.guidance, settings.seed])
-        if item.id in made and made[item.id]["request"] == wanted and path.exists():
-            continue
-        source = item.source(pipe.side)
-        out = pipe(
-            item.prompt,
-            image=source,
-            width=item.width,
-            height=item.height,
-            seed=settings.seed + number if item.seed is None else item.seed,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
-            progress=False,
-        )
-        picture = out.images[0]
+    for count, item in enumerate(items, 1):
+        path = pictures / f"{item.id}.png"
+        if item.id in made and path.exists():
+            planned = request(pipe, item, settings, pictures, dry_run=True)
+            if made[item.id]["key"] == planned.record.key:
+                continue
+        out = request(pipe, item, settings, pictures)
         partial = path.with_suffix(".writing")
-        picture.save(partial, format="PNG")
+        out.images[0].save(partial, format="PNG")
         partial.replace(path)
-        made[item.id] = {"id": item.id, "request": wanted, "record": json.loads(out.record.to_json())}
+        made[item.id] = {"id": item.id, "key": out.record.key, "record": json.loads(out.record.to_json())}
         with open(log, "a") as file:
             file.write(json.dumps(made[item.id]) + "\n")
-        if progress and (number % 10 == 0 or number == len(items)):
-            rate = (time.monotonic() - began) / number
-            print(f"\r{number} of {len(items)}, {rate:.2f} s each ", end="", file=sys.stderr, flush=True)
+        if progress and (count % 10 == 0 or count == len(items)):
+            rate = (time.monotonic() - began) / count
+            print(f"\r{count} of {len(items)}, {rate:.2f} s each ", end="", file=sys.stderr, flush=True)
     if progress:
         print(file=sys.stderr)
     return [made[item.id] for item in items]
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def read(path: Path) -> np.ndarray:
-    """A picture `[H, W, 3]`, uint8."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
 # -- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measure(items: Sequence[Item], folder: Path) -> list[dict[str, Any]]:
-    """What the judge says of each picture in `folder/images`; items without a scene have no `checks`."""
+@dataclass(frozen=True)
+class Readers:
+    """What judges pictures that are not of the bundled world, each where the user has it."""
+
+    words: Callable[[np.ndarray], str] | None = None
+    reward: Callable[[str, np.ndarray], float] | None = None
+
+
+def measure(items: Sequence[Item], folder: Path, readers: Readers | None = None) -> list[dict[str, Any]]:
+    """A row for each picture in `folder/images`: what the judge says of it (`ok`, `checks`) where an item has a scene
+    or a text that somebody can read, and what the readers say."""
+    readers = readers or Readers()
     rows = []
     for item in items:
-        row: dict[str, Any] = {"id": item.id, "category": item.category}
+        pixels = read(folder / "images" / f"{item.id}.png")
+        row: dict[str, Any] = {"id": item.id, "category": item.category, "edit": item.is_edit}
         if item.scene is not None:
-            pixels = read(folder / "images" / f"{item.id}.png")
-            source = item.source(min(pixels.shape[:2]))
-            if source is None or item.before is None:
-                verdict = shapes_judge.judge(pixels, item.scene)
-            else:
-                verdict = shapes_judge.judge_edit(np.asarray(source), pixels, item.before, item.scene)
-                row["unchanged_psnr"] = verdict.unchanged_psnr
-            row |= {"ok": verdict.ok, "checks": verdict.checks}
-            if item.text is not None:
-                read_as = verdict.word or ""
-                row |= {"read": read_as, "edit_distance": shapes_judge.edit_distance(read_as, item.text)}
+            row |= _judged(item, pixels, folder / "images")
+        elif item.text is not None and readers.words is not None:
+            row |= _spelt(readers.words(pixels), item.text)
+        if readers.reward is not None:
+            row["image_reward"] = readers.reward(item.prompt, pixels)
         rows.append(row)
     return rows
 
 
+def _judged(item: Item, pixels: np.ndarray, made: Path) -> dict[str, Any]:
+    assert item.scene is not None
+    row: dict[str, Any] = {}
+    source = item.source(min(pixels.shape[:2]), made)
+    if item.without is not None:
+        verdict = shapes_judge.judge_without(pixels, item.scene, item.without)
+    elif source is None or item.before is None:
+        verdict = shapes_judge.judge(pixels, item.scene)
+    else:
+        verdict = shapes_judge.judge_edit(np.asarray(source), pixels, item.before, item.scene)
+        row["unchanged_psnr"] = verdict.unchanged_psnr
+    if item.text is not None:
+        row |= _spelt(verdict.word or "", item.text)
+    return row | {"ok": verdict.ok, "checks": verdict.checks}
+
+
+def _spelt(found: str, text: str) -> dict[str, Any]:
+    distance = shapes_judge.edit_distance(found, text)
+    return {"read": found, "edit_distance": distance, "ok": not distance, "checks": {"word": not distance}}
+
+
 def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Per category and for `all`: n, how many are all right, its Wilson interval, and the share of each check."""
+    """How many are all right, with the Wilson interval, and the share of each check.
+
+    Returns:
+        a summary for each category; where there are several, also for all `prompts`, all `edits`, and `all`.
+    """
+    judged = [row for row in rows if "checks" in row]
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if "checks" in row:
-            groups.setdefault(row["category"], []).append(row)
+    for row in judged:
+        groups.setdefault(row["category"], []).append(row)
     if len(groups) > 1:
-        groups["all"] = [row for group in groups.values() for row in group]
-    result = {}
-    for category, group in groups.items():
-        right = sum(row["ok"] for row in group)
-        names = dict.fromkeys(name for row in group for name in row["checks"])
-        entry: dict[str, Any] = {
-            "n": len(group),
-            "right": right,
-            "interval": metrics.wilson(right, len(group)),
-            "checks": {name: _share([row["checks"][name] for row in group if name in row["checks"]]) for name in names},
-        }
-        if distances := [row["edit_distance"] for row in group if "edit_distance" in row]:
-            entry["edit_distance"] = statistics.mean(distances)
-        result[category] = entry
-    return result
+        edits, prompts = ([row for row in judged if row.get("edit", False) is kind] for kind in (True, False))
+        if edits and prompts:
+            groups |= {"prompts": prompts, "edits": edits}
+        groups["all"] = judged
+    return {category: _summary(group) for category, group in groups.items()}
+
+
+def _summary(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    right = sum(row["ok"] for row in group)
+    names = dict.fromkeys(name for row in group for name in row["checks"])
+    entry: dict[str, Any] = {
+        "n": len(group),
+        "right": right,
+        "interval": metrics.wilson(right, len(group)),
+        "checks": {name: _share([row["checks"][name] for row in group if name in row["checks"]]) for name in names},
+    }
+    if distances := [row["edit_distance"] for row in group if "edit_distance" in row]:
+        entry["edit_distance"] = statistics.mean(distances)
+    return entry
 
 
 def _share(values: Sequence[bool]) -> float:
     return sum(values) / len(values)
-
-
-def fidelity(folder: Path, reference: Path) -> dict[str, Any]:
-    """PSNR, SSIM, MS-SSIM and FLIP of the pictures that two folders share, by name.
-
-    Raises:
-        ValueError: they share none.
-    """
-    pairs = list(_shared(folder, reference))
-    scores: dict[str, list[float]] = {"psnr": [], "ssim": [], "ms_ssim": [], "flip": []}
-    for _, a, b in pairs:
-        x, y = read(a), read(b)
-        for name, function in (
-            ("psnr", metrics.psnr),
-            ("ssim", metrics.ssim),
-            ("ms_ssim", metrics.ms_ssim),
-            ("flip", metrics.flip),
-        ):
-            scores[name].append(function(x, y))
-    equal = sum(value == float("inf") for value in scores["psnr"])
-    finite = [value for value in scores["psnr"] if value != float("inf")]
-    return {
-        "n": len(pairs),
-        "equal": equal,
-        "psnr": statistics.mean(finite) if finite else None,
-        **{name: statistics.mean(scores[name]) for name in ("ssim", "ms_ssim", "flip")},
-    }
-
-
-def _shared(a: Path, b: Path) -> list[tuple[str, Path, Path]]:
-    folders = [path / "images" if (path / "images").is_dir() else path for path in (a, b)]
-    found = [{p.stem: p for p in sorted(f.glob("*")) if p.suffix in (".png", ".jpg", ".webp")} for f in folders]
-    names = [name for name in found[0] if name in found[1]]
-    if not names:
-        raise ValueError(f"{a} and {b} have no picture of the same name")
-    return [(name, found[0][name], found[1][name]) for name in names]
 
 
 def latency(made: Sequence[dict[str, Any]], gpu_hour_price: float | None) -> dict[str, float]:
@@ -212,32 +224,20 @@ def table(summary: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], side: int = 128) -> Image.Image:
-    """One picture to look at: captions, each above its pictures side by side."""
-    count = max(len(pictures) for _, pictures in rows)
-    columns = max(1, SHEET_COLUMNS // count)
-    cell, tall = count * (side + 2) + 6, side + 30
-    height = -(-len(rows) // columns) * tall
-    sheet = Image.new("RGB", (columns * cell, height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (caption, pictures) in enumerate(rows):
-        x, y = i % columns * cell, i // columns * tall
-        width = cell // 6 - 1
-        pen.text((x + 2, y + 2), caption[:width] + "\n" + caption[width : 2 * width], fill="black")
-        for j, picture in enumerate(pictures):
-            scale = side / max(picture.size)
-            size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-            sheet.paste(
-                picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS),
-                (x + 2 + j * (side + 2), y + 28),
-            )
-    return sheet
+def sweep_table(summaries: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Shares that are all right: a row for each setting, a column for each category."""
+    categories = list(dict.fromkeys(category for summary in summaries.values() for category in summary))
+    first = max(map(len, summaries), default=0)
+    lines = [" ".join([" " * first, *(f"{category:>10}" for category in categories)])]
+    for name, summary in summaries.items():
+        cells = (f"{entry['right'] / entry['n']:10.1%}" for entry in map(summary.get, categories) if entry)
+        lines.append(" ".join([f"{name:{first}}", *cells]))
+    return "\n".join(lines)
 
 
-def _pictures(item: Item, folders: Sequence[Path], side: int) -> list[Image.Image]:
-    source = item.source(side)
-    made = [Image.fromarray(read(folder / "images" / f"{item.id}.png")) for folder in folders]
-    return made if source is None else [source, *made]
+def _pictures(item: Item, folder: Path, side: int) -> list[Image.Image]:
+    source, made = item.source(side, folder / "images"), Image.fromarray(read(folder / "images" / f"{item.id}.png"))
+    return [made] if source is None else [source, made]
 
 
 # -- commands -------------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def _pictures(item: Item, folders: Sequence[Path], side: int) -> list[Image.Imag
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"compare": _compare, "ablate": _ablate}
+    commands: dict[str, Callable[[Sequence[str]], int]] = {"compare": fidelity.main, "ablate": _ablate}
     parser = argparse.ArgumentParser(prog="fluxkiln bench image")
     add_arguments(parser)
     try:
@@ -265,19 +265,31 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default=None)
-    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help="of everything but the block linears")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--guidance", type=float, default=None)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="the n-th item of the suite has this seed plus n")
+    parser.add_argument("--size", type=_size, metavar="WxH", help="of pictures whose item does not say, in pixels")
     parser.add_argument("--limit", type=int, help="only so many items of each category")
     parser.add_argument("--category", nargs="+", help="only these categories")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
+def _size(text: str) -> tuple[int, int]:
+    try:
+        width, height = map(int, text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, such as 96x128, got {text!r}") from None
+    return width, height
+
+
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for `Pipeline.from_pretrained` and `load_transformer`."""
-    options = {key: getattr(args, key) for key in ("device", "dtype") if getattr(args, key) is not None}
-    return {"precision": args.precision, "backend": args.backend, **options}
+    import torch
+
+    dtypes = dict(zip(DTYPES, (torch.float32, torch.bfloat16), strict=True))
+    options = {"device": args.device, "dtype": dtypes.get(args.dtype)}
+    given = {key: value for key, value in options.items() if value is not None}
+    return {"precision": args.precision, "backend": args.backend, **given}
 
 
 def select(args: argparse.Namespace) -> list[Item]:
@@ -291,6 +303,8 @@ def select(args: argparse.Namespace) -> list[Item]:
         counts[item.category] = counts.get(item.category, 0) + 1
         wanted = args.category is None or item.category in args.category
         if wanted and (args.limit is None or counts[item.category] <= args.limit):
+            if args.size and item.width is item.height is None:
+                item = replace(item, width=args.size[0], height=args.size[1])
             items.append(item)
     if not items:
         raise ValueError(f"nothing to make: the suite has the categories {', '.join(counts)}")
@@ -305,10 +319,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("argv", nargs="*")
         command.set_defaults(command=name)
     add_model_arguments(parser)
+    several = "; several make a run each"
+    parser.add_argument("--guidance", type=float, nargs="+", default=[None], help=f"distilled guidance{several}")
+    parser.add_argument(
+        "--true-cfg-scale", type=float, nargs="+", default=[1.0], help=f"1: off, above: twice the cost{several}"
+    )
+    parser.add_argument("--negative-prompt", help="with --true-cfg-scale, of items that have none; default: empty")
     parser.add_argument("--out", type=Path, default=Path("bench-image"), help="folder for pictures and results")
     parser.add_argument("--reference", type=Path, help="run to compare the pictures with")
     parser.add_argument("--floor", type=Path, help="run of another implementation: its distance is the noise floor")
+    parser.add_argument("--peer", choices=("diffusers",), help="let it make the pictures: a run for --floor")
+    parser.add_argument(
+        "--step-errors", type=int, metavar="N", help="of N items: how far 1 and 4 steps end from eager in bf16"
+    )
     parser.add_argument("--gpu-hour-price", type=float, help="for the cost of a picture")
+    parser.add_argument("--lpips", choices=learned.LPIPS_NETS, help="also LPIPS, with the package and weights you have")
+    parser.add_argument("--image-reward", type=Path, metavar="FOLDER", help="also ImageReward, with its files there")
+    parser.add_argument("--ocr", choices=("tesseract",), help="reads the words of items that have a text but no scene")
     parser.add_argument("--sheet", type=Path, help="contact sheet to write")
 
 
@@ -316,71 +343,98 @@ def run(args: argparse.Namespace) -> int:
     if "command" in args:
         return main([args.command, *args.argv])
     items = select(args)
+    pairs = itertools.product(args.guidance, args.true_cfg_scale)
+    sweep = [Settings(args.steps, guidance, args.seed, cfg, args.negative_prompt) for guidance, cfg in pairs]
+    if len(sweep) > 1 and (args.reference or args.floor or args.sheet or args.step_errors):
+        wanted = "--reference, --floor, --sheet and --step-errors go"
+        raise ValueError(f"{wanted} with one --guidance and one --true-cfg-scale")
+    if args.peer and args.step_errors:
+        raise ValueError("--step-errors are of our own backends, not of a --peer")
+    readers = Readers(
+        learned.tesseract() if args.ocr else None,
+        learned.image_reward(args.image_reward) if args.image_reward else None,
+    )
+    extra = {"lpips": learned.lpips(args.lpips)} if args.lpips else {}
+    pipe = _open(args)
+    every = {}
+    for settings in sweep:
+        folder = args.out if len(sweep) == 1 else args.out / settings.name
+        every[settings.name] = _one(args, pipe, items, folder, settings, readers, extra)
+    if args.json:
+        print(json.dumps(every if len(sweep) > 1 else every[sweep[0].name]))
+    elif len(sweep) > 1:
+        print(sweep_table({name: results["summary"] for name, results in every.items()}))
+    else:
+        _print(args, every[sweep[0].name])
+    return 0
 
+
+def _open(args: argparse.Namespace) -> Pipeline:
     import fluxkiln
 
-    pipe = fluxkiln.Pipeline.from_pretrained(args.model, **model_options(args))
-    made = make(pipe, items, args.out, Settings(args.steps, args.guidance, args.seed))
-    rows = measure(items, args.out)
+    if args.peer is None:
+        return fluxkiln.Pipeline.from_pretrained(args.model, **model_options(args))
+    from fluxkiln.bench import peers
+
+    if args.precision not in DTYPES or args.backend != "auto":
+        raise ValueError(f"--peer has its own backend, and a --precision of {' or '.join(DTYPES)}")
+    return peers.DiffusersPipeline(args.model, args.precision, args.device)
+
+
+def _one(
+    args: argparse.Namespace,
+    pipe: Pipeline,
+    items: Sequence[Item],
+    folder: Path,
+    settings: Settings,
+    readers: Readers,
+    extra: dict[str, metrics.Metric],
+) -> dict[str, Any]:
+    """Make, measure, compare; write `results.json` and return what is in it."""
+    made = make(pipe, items, folder, settings)
+    rows = [row | {"key": entry["key"]} for row, entry in zip(measure(items, folder, readers), made, strict=True)]
     results: dict[str, Any] = {
         "suite": str(args.suite),
         "model": args.model,
-        "backend": args.backend,
+        "backend": args.peer or args.backend,
         "precision": args.precision,
-        "steps": args.steps,
-        "guidance": args.guidance,
-        "seed": args.seed,
+        **{name: getattr(settings, name) for name in Settings.__dataclass_fields__},
         "summary": summarize(rows),
         "latency": latency(made, args.gpu_hour_price),
         "items": rows,
-        "records": {entry["id"]: entry["record"] for entry in made},
+        # The rest of every picture's record is in made.jsonl.
+        "record": {name: made[0]["record"][name] for name in COMMON if name in made[0]["record"]},
     }
+    if rewards := [row["image_reward"] for row in rows if "image_reward" in row]:
+        results["image_reward"] = statistics.mean(rewards)
     if args.reference:
-        results["fidelity"] = fidelity(args.out, args.reference)
+        results["fidelity"] = fidelity.fidelity(folder, args.reference, extra)
     if args.floor and args.reference:
-        results["noise_floor"] = fidelity(args.floor, args.reference)
-    _write(args.out / "results.json", json.dumps(results, indent=1))
+        results["noise_floor"] = fidelity.fidelity(args.floor, args.reference, extra)
+    if args.step_errors:
+        from fluxkiln.bench import ablation
+
+        results["step_errors"] = ablation.step_errors(pipe, args.model, items[: args.step_errors], settings)
+    if args.model == "shapes":
+        results["note"] = SHAPES_NOTE
+    partial = folder / "results.writing"
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(folder / "results.json")
     if args.sheet:
-        contact_sheet([(item.prompt, _pictures(item, [args.out], pipe.side)) for item in items]).save(args.sheet)
-    if args.json:
-        print(json.dumps({key: value for key, value in results.items() if key != "records"}))
-        return 0
+        contact_sheet([(item.prompt, _pictures(item, folder, pipe.side)) for item in items]).save(args.sheet)
+    return results
+
+
+def _print(args: argparse.Namespace, results: dict[str, Any]) -> None:
     print(table(results["summary"]))
-    for name in ("fidelity", "noise_floor", "latency"):
+    for name in ("fidelity", "noise_floor", "step_errors", "latency"):
         if results.get(name):
-            print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in results[name].items() if v is not None))
-    if args.model == "shapes" and args.precision not in ("fp32", "bf16"):
-        print(SHAPES_NOTE)
+            print(fidelity.line(name, results[name]))
+    if "image_reward" in results:
+        print(f"image_reward: {results['image_reward']:.4g}")
+    if "note" in results and args.precision not in DTYPES:
+        print(results["note"])
     print(f"{args.out / 'results.json'}")
-    return 0
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".writing")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def _compare(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fluxkiln bench image compare", description="Two folders of pictures.")
-    parser.add_argument("a", type=Path)
-    parser.add_argument("b", type=Path, help="the reference")
-    parser.add_argument("--floor", type=Path, help="another implementation's pictures: how far chance alone goes")
-    parser.add_argument("--sheet", type=Path, help="contact sheet to write, the pictures side by side")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args(argv)
-    results = {"fidelity": fidelity(args.a, args.b)}
-    if args.floor:
-        results["noise_floor"] = fidelity(args.floor, args.b)
-    if args.sheet:
-        rows = [(name, [Image.fromarray(read(a)), Image.fromarray(read(b))]) for name, a, b in _shared(args.a, args.b)]
-        contact_sheet(rows).save(args.sheet)
-    if args.json:
-        print(json.dumps(results))
-    else:
-        for name, scores in results.items():
-            print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items() if v is not None))
-    return 0
 
 
 def _ablate(argv: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ PIXELS_PER_DEGREE = 67.0  # of FLIP: a 0.7 m wide 4K monitor seen from 0.7 m
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 Picture = NDArray[np.generic]
+Metric = Callable[[Picture, Picture], float]
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -144,21 +146,28 @@ def _from_opponent(x: Tensor) -> Tensor:
     return _apply(torch.linalg.inv(_RGB_TO_XYZ), relative * _WHITE[:, None, None])
 
 
-def _filter(x: Tensor, kernel: Tensor) -> Tensor:
-    radius = kernel.shape[-1] // 2
-    return conv2d(pad(x[None, None], (radius,) * 4, mode="replicate"), kernel[None, None])[0, 0]
+def _filter(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """`x [H, W]` filtered by the product of two vectors of odd length, its edges repeated outwards."""
+    margins = (len(across) // 2,) * 2 + (len(down) // 2,) * 2
+    padded = pad(x[None, None], margins, mode="replicate")
+    return conv2d(conv2d(padded, down[None, None, :, None]), across[None, None, None, :])[0, 0]
 
 
 def _seen(picture: Tensor, per_degree: float) -> Tensor:
     """What the eye resolves of a picture, as linear RGB in 0..1."""
     radius = math.ceil(3 * math.sqrt(0.04 / (2 * math.pi**2)) * per_degree)
     at = torch.arange(-radius, radius + 1, dtype=torch.float64) / per_degree
-    square = at[:, None] ** 2 + at[None, :] ** 2
     channels = []
     for channel, (a1, b1, a2, b2) in zip(_opponent(_linear(picture)), _SENSITIVITY, strict=True):
-        kernel = a1 * math.sqrt(math.pi / b1) * torch.exp(-(math.pi**2) * square / b1)
-        kernel = kernel + a2 * math.sqrt(math.pi / b2) * torch.exp(-(math.pi**2) * square / b2)
-        channels.append(_filter(channel, kernel / kernel.sum()))
+        seen, total = torch.zeros_like(channel), 0.0
+        for a, b in ((a1, b1), (a2, b2)):
+            if a == 0:
+                continue
+            gauss = torch.exp(-(math.pi**2) * at.square() / b)
+            weight = a * math.sqrt(math.pi / b)
+            seen += weight * _filter(channel, gauss, gauss)
+            total += weight * gauss.sum().item() ** 2
+        channels.append(seen / total)
     return _from_opponent(torch.stack(channels)).clamp(0, 1)
 
 
@@ -167,12 +176,13 @@ def _features(light: Tensor, per_degree: float) -> tuple[Tensor, Tensor]:
     sigma = 0.5 * 0.082 * per_degree
     radius = math.ceil(3 * sigma)
     at = torch.arange(-radius, radius + 1, dtype=torch.float64)
-    gauss = torch.exp(-(at[:, None] ** 2 + at[None, :] ** 2) / (2 * sigma**2))
-    strengths = []
-    for kernel in (-at[None, :] * gauss, (at[None, :] ** 2 / sigma**2 - 1) * gauss):
+    gauss = torch.exp(-at.square() / (2 * sigma**2))
+    smooth, strengths = gauss / gauss.sum(), []
+    for kernel in (-at * gauss, (at.square() / sigma**2 - 1) * gauss):
         positive, negative = kernel.clamp_min(0), (-kernel).clamp_min(0)
         kernel = positive / positive.sum() - negative / negative.sum()
-        strengths.append((_filter(light, kernel).square() + _filter(light, kernel.T).square()).sqrt())
+        ways = _filter(light, smooth, kernel), _filter(light, kernel, smooth)
+        strengths.append((ways[0].square() + ways[1].square()).sqrt())
     return strengths[0], strengths[1]
 
 

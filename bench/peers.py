@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from fluxkiln import images
 from fluxkiln.config import FluxConfig
+from fluxkiln.hub import resolve
+from fluxkiln.load import default_device
 from fluxkiln.names import SWAPPED, to_diffusers
+from fluxkiln.record import pixel_digest, versions
 
 
 def diffusers_state(config: FluxConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -48,3 +57,61 @@ def diffusers_velocity(model: Callable[..., Any], x: Mapping[str, Tensor | None]
         txt_ids=x["txt_ids"],
         return_dict=False,
     )[0]
+
+
+class DiffusersPipeline:
+    """diffusers' own pipeline called like ours, for the requests of an image benchmark: the noise floor of a run.
+
+    Its record has what the benchmark reads: the request, versions, and no timings.
+
+    Args:
+        model: bundled model, diffusers folder or hub name.
+        precision: `fp32` or `bf16`, of everything.
+    """
+
+    def __init__(self, model: str, precision: str = "bf16", device: torch.device | str | None = None) -> None:
+        from diffusers import DiffusionPipeline
+
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        self.model, self.device = model, default_device(device)
+        self.pipe = DiffusionPipeline.from_pretrained(resolve(model), dtype=dtype).to(self.device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.side = self.pipe.vae.config.sample_size
+        self.length = min(512, self.pipe.tokenizer_2.model_max_length)
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        image: Image.Image | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        seed: int = 0,
+        dry_run: bool = False,
+        progress: bool = False,
+        **options: Any,
+    ) -> Any:
+        """One picture, from the noise that our pipeline draws for this seed, at the size that it makes."""
+        call = {name: value for name, value in options.items() if value is not None}
+        usual = (self.side, self.side)
+        if image is not None:
+            usual = images.kontext_size(*image.size, self.side)
+            call |= {"image": images.resize(image, usual), "_auto_resize": False}
+        call |= {"width": width or usual[0], "height": height or usual[1], "max_sequence_length": self.length}
+        if "Kontext" in type(self.pipe).__name__:  # else it makes about a megapixel, whatever the size asked for
+            call["max_area"] = call["width"] * call["height"]
+        asked = {name: value for name, value in call.items() if name != "image"} | {"prompt": prompt, "seed": seed}
+        record = {
+            "model": self.model,
+            "request": asked,
+            "pictures": [] if image is None else [pixel_digest(image)],
+            "versions": {**versions(self.device), "diffusers": version("diffusers")},
+        }
+        text = json.dumps(record, sort_keys=True)
+        made = []
+        if not dry_run:
+            made = self.pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **call).images
+        return SimpleNamespace(
+            images=made,
+            record=SimpleNamespace(key=hashlib.sha256(text.encode()).hexdigest(), to_json=lambda: text),
+        )

@@ -398,6 +398,15 @@ def edit_distance(a: str, b: str) -> int:
 # -- verdicts -------------------------------------------------------------------------------------------------------
 
 
+def _looks(found: Found, thing: Thing) -> dict[str, bool]:
+    return {
+        "shape": found.shape == thing.shape and found.overlap >= SHAPE_OVERLAP,
+        "color": found.color == thing.color,
+        "size": abs(math.log(found.radius / thing.radius)) <= math.log(RADIUS_RATIO),
+        "style": found.style == thing.style,
+    }
+
+
 def _near(found: Found, thing: Thing) -> bool:
     return abs(found.x - thing.x) <= PLACE and abs(found.y - thing.y) <= PLACE
 
@@ -449,15 +458,21 @@ def judge(pixels: Pixels, scene: Scene) -> Verdict:
     pairs = _pair_up(found, scene)
     checks["count"] = len(found) == len(scene.things) and dirt <= SPECK
     if pairs:
-        checks["shape"] = all(f.shape == t.shape and f.overlap >= SHAPE_OVERLAP for f, t in pairs)
-        checks["color"] = all(f.color == t.color for f, t in pairs)
-        checks["size"] = all(abs(math.log(f.radius / t.radius)) <= math.log(RADIUS_RATIO) for f, t in pairs)
-        checks["style"] = all(f.style == t.style for f, t in pairs)
+        looks = [_looks(found, thing) for found, thing in pairs]
+        checks |= {name: all(look[name] for look in looks) for name in looks[0]}
         if "position" in checks:
             checks["position"] = all(_near(f, t) for f, t in pairs)
         if scene.relation:
             checks["relation"] = _related(scene.relation, pairs[0][0], pairs[1][0])
     return Verdict(checks, background, tuple(found))
+
+
+def judge_without(pixels: Pixels, scene: Scene, color: str) -> Verdict:
+    """`judge` where the scene's background was left open: any will do that has not this colour."""
+    background = find_background(pixels)
+    verdict = judge(pixels, scene if background is None else scene.replace(background=background))
+    absent = background is not None and color not in background.colors
+    return replace(verdict, checks={**verdict.checks, "without": absent})
 
 
 def unchanged(before: Scene, after: Scene, height: int, width: int) -> Mask:
@@ -492,8 +507,13 @@ def psnr(a: Pixels, b: Pixels, mask: Mask) -> float:
 
 
 def judge_edit(source: Pixels, pixels: Pixels, before: Scene, after: Scene) -> Verdict:
-    """`judge`, and the PSNR of what should not have changed (`unchanged`), which must reach 30 dB."""
+    """`judge`, the PSNR of what should not have changed (`unchanged`), which must reach 30 dB, and `identity`.
+
+    `identity` is that the first thing is there as asked for, wherever it is and whatever else may be wrong.
+    """
     verdict = judge(pixels, after)
     value = psnr(source, pixels, unchanged(before, after, *pixels.shape[:2]))
     checks = {**verdict.checks, "unchanged": value >= UNCHANGED_PSNR}
+    if after.things:
+        checks["identity"] = any(all(_looks(found, after.things[0]).values()) for found in verdict.things)
     return Verdict(checks, verdict.background, verdict.things, verdict.word, value)

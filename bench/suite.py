@@ -4,9 +4,11 @@ Our format has one object per line:
 
     {"id": "pair-017", "category": "pair", "prompt": "a red star above a white cross on a blue background"}
 
-Optional keys: `image` (picture to edit, a path relative to the file), `text` (words the picture must show),
-`width`, `height`, `seed`; and for the bundled world `scene` and `before` (see `shapes_scene.Scene.to_dict`), from which
-the judge measures and, where `before` is given, the picture to edit is drawn.
+Optional keys: `image` (picture to edit, a path relative to the file), `follows` (edit the picture made for the item
+with that id, which comes earlier), `text` (words the picture must show), `negative_prompt` (used where true
+classifier-free guidance is on), `width`, `height`, `seed`; and for the bundled world `scene` and `before` (see
+`shapes_scene.Scene.to_dict`), from which the judge measures and, unless it `follows`, the picture to edit is drawn,
+and `without` (the prompt leaves the background open, and it must not have this colour).
 
 A KontextBench folder has a `metadata.jsonl` with `file_name`, `instruction`, `category` and `key` on every line.
 """
@@ -14,7 +16,7 @@ A KontextBench folder has a `metadata.jsonl` with `file_name`, `instruction`, `c
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +29,44 @@ BUNDLED = Path(__file__).parent / "suites"
 
 @dataclass(frozen=True)
 class Item:
-    """One picture to make. `image`, `scene`, `before` and `text` as in the format above; absent ones are None."""
+    """One picture to make, the `number`-th of its suite. The rest as in the format above; absent ones are None."""
 
     id: str
     category: str
     prompt: str
     image: Path | None = None
+    follows: str | None = None
     text: str | None = None
+    negative_prompt: str | None = None
     width: int | None = None
     height: int | None = None
     seed: int | None = None
     scene: Scene | None = None
     before: Scene | None = None
+    without: str | None = None
+    number: int = 0
 
-    def source(self, side: int = 64) -> Image.Image | None:
-        """The picture to edit, None for text to image."""
-        if self.image is not None:
-            with Image.open(self.image) as picture:
+    @property
+    def is_edit(self) -> bool:
+        return not (self.image is None and self.follows is None and self.before is None)
+
+    def source(self, side: int = 64, made: Path | None = None) -> Image.Image | None:
+        """The picture to edit, None for text to image.
+
+        Args:
+            side: of a drawn one, unless the item says its width and height.
+            made: folder with the pictures made for other items, `ID.png`.
+
+        Raises:
+            ValueError: the picture that it follows has not been made.
+        """
+        path = self.image
+        if self.follows is not None and made is not None:
+            path = made / f"{self.follows}.png"
+            if not path.is_file():
+                raise ValueError(f"{self.id} edits the picture of {self.follows}, which is not made: select both")
+        if path is not None:
+            with Image.open(path) as picture:
                 return picture.convert("RGB")
         return None if self.before is None else draw(self.before, self.width or side, self.height or side)
 
@@ -70,12 +93,17 @@ def load(name: str | Path) -> list[Item]:
         if not line.strip():
             continue
         try:
-            items.append(_item(json.loads(line), path.parent))
+            items.append(replace(_item(json.loads(line), path.parent), number=len(items) + 1))
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{path}, line {number}: {reason}") from None
-    if len({item.id for item in items}) != len(items):
-        raise ValueError(f"{path}: two items have the same id")
+    known = set[str]()
+    for item in items:
+        if item.id in known:
+            raise ValueError(f"{path}: two items have the same id {item.id!r}")
+        if item.follows is not None and item.follows not in known:
+            raise ValueError(f"{path}: {item.id} follows {item.follows!r}, which no earlier line has")
+        known.add(item.id)
     return items
 
 
@@ -84,5 +112,6 @@ def _item(data: dict[str, Any], folder: Path) -> Item:
         return Item(str(data["key"]), data["category"], data["instruction"], folder / data["file_name"])
     scenes = {k: Scene.from_dict(data[k]) for k in ("scene", "before") if data.get(k)}
     image = folder / data["image"] if data.get("image") else None
-    rest = {k: data[k] for k in ("text", "width", "height", "seed") if k in data}
+    keys = ("follows", "text", "negative_prompt", "width", "height", "seed", "without")
+    rest = {key: data[key] for key in keys if key in data}
     return Item(str(data["id"]), data["category"], data["prompt"], image, **rest, **scenes)

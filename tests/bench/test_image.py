@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,48 +13,80 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxkiln.bench import image, suite
+import fluxkiln
+from fluxkiln.bench import fidelity, image, suite
 from fluxkiln.bench.shapes_scene import Background, Scene, Thing, draw
 
 SCENE = Scene(Background("plain", "blue"), (Thing.of("star", "red", "large"),))
 AFTER = SCENE.replace(things=(SCENE.things[0].replace(color="white"),))
+LAST = AFTER.replace(background=Background("plain", "green"))
 ITEMS = [
-    suite.Item("single-0", "single", "a large red star on a blue background", scene=SCENE),
-    suite.Item("recolor-0", "recolor", "make the star white", scene=AFTER, before=SCENE),
-    suite.Item("free-0", "free", "a fox", width=32, height=48),
+    suite.Item("single-0", "single", "a large red star on a blue background", scene=SCENE, number=1),
+    suite.Item("recolor-0", "recolor", "make the star white", scene=AFTER, before=SCENE, number=2),
+    suite.Item("free-0", "free", "a fox", width=32, height=48, number=3),
+]
+TURNS = [
+    suite.Item("t-1", "turn 1", "make the star white", scene=AFTER, before=SCENE, number=1),
+    suite.Item("t-2", "turn 2", "put it on green", scene=LAST, before=AFTER, follows="t-1", number=2),
 ]
 
 
 class Painter:
-    """Stands in for a pipeline: makes what the suite asks for, or something else where `wrong` names the prompt."""
+    """Stands in for a pipeline: makes what the suite asks for, or something else where `wrong` names the prompt.
+
+    At guidance 0 everything is wrong.
+    """
 
     side = 64
 
-    def __init__(self, wrong: str = "") -> None:
-        self.wrong, self.calls = wrong, 0
+    def __init__(self, wrong: str = "", version: str = "1") -> None:
+        self.wrong, self.version, self.calls = wrong, version, list[dict[str, Any]]()
 
-    def __call__(self, prompt: str, **options: Any) -> Any:
-        self.calls += 1
-        scenes = {item.prompt: item.scene for item in ITEMS}
-        scene = None if prompt == self.wrong else scenes[prompt]
+    def __call__(self, prompt: str, dry_run: bool = False, **options: Any) -> Any:
+        source = options.pop("image")
+        seen = None if source is None else hashlib.sha256(source.tobytes()).hexdigest()
+        key = json.dumps([self.version, self.wrong, prompt, seen, options], sort_keys=True)
+        timings = {"text": 0.1, "encode": 0.0, "modulate": 0.1, "steps": [0.2, 0.3], "decode": 0.1, "total": 1.0}
+        record = SimpleNamespace(key=key, to_json=lambda: json.dumps({"timings": timings, "backend": "painter"}))
+        if dry_run:
+            return SimpleNamespace(images=[], record=record)
+        self.calls.append({"prompt": prompt, "image": source, **options})
+        scenes = {item.prompt: item.scene for item in (*ITEMS, *TURNS)}
+        wrong = prompt == self.wrong or options["guidance_scale"] == 0
+        scene = None if wrong else scenes.get(prompt)
         size = (options["width"] or 64, options["height"] or 64)
         picture = Image.new("RGB", size, "green") if scene is None else draw(scene, *size)
-        timings = {"text": 0.1, "encode": 0.0, "modulate": 0.1, "steps": [0.2, 0.3], "decode": 0.1, "total": 1.0}
-        record = SimpleNamespace(to_json=lambda: json.dumps({"timings": timings}))
         return SimpleNamespace(images=[picture], record=record)
 
 
-def test_makes_measures_and_resumes(tmp_path: Path) -> None:
-    settings = image.Settings(4, None, 0)
+@pytest.fixture
+def painter(monkeypatch: pytest.MonkeyPatch) -> Painter:
+    """What the command line opens, whatever it is asked for."""
     painter = Painter()
+    monkeypatch.setattr(fluxkiln.Pipeline, "from_pretrained", lambda model, **options: painter)
+    return painter
+
+
+def suite_file(folder: Path, items: list[suite.Item]) -> Path:
+    lines = []
+    for item in items:
+        data = {k: v for k, v in dataclasses.asdict(item).items() if v is not None and k != "number"}
+        data |= {key: getattr(item, key).to_dict() for key in ("scene", "before") if getattr(item, key)}
+        lines.append(json.dumps(data))
+    (folder / "suite.jsonl").write_text("\n".join(lines))
+    return folder / "suite.jsonl"
+
+
+def test_makes_measures_and_resumes(tmp_path: Path) -> None:
+    settings, painter = image.Settings(steps=4), Painter()
     made = image.make(painter, ITEMS, tmp_path, settings, progress=False)
-    assert painter.calls == 3
+    assert len(painter.calls) == 3
+    assert [call["seed"] for call in painter.calls] == [1, 2, 3]
     assert image.make(painter, ITEMS, tmp_path, settings, progress=False) == made
-    assert painter.calls == 3  # nothing left to make
-    image.make(painter, ITEMS, tmp_path, image.Settings(5, None, 0), progress=False)
-    assert painter.calls == 6  # another request
+    assert len(painter.calls) == 3  # nothing left to make
     summary = image.summarize(image.measure(ITEMS, tmp_path))
     assert summary["all"]["n"] == summary["all"]["right"] == 2  # the free prompt has no scene to judge by
+    assert (summary["prompts"]["n"], summary["edits"]["n"]) == (1, 1)
     assert "recolor" in image.table(summary)
     costs = image.latency(made, gpu_hour_price=3600.0)
     assert costs == pytest.approx(
@@ -60,40 +94,143 @@ def test_makes_measures_and_resumes(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("change", ["steps", "model", "picture"])
+def test_makes_again_what_would_come_out_differently(tmp_path: Path, change: str) -> None:
+    image.make(Painter(), TURNS, tmp_path, image.Settings(steps=4), progress=False)
+    painter = Painter(version="2" if change == "model" else "1")
+    settings = image.Settings(steps=5 if change == "steps" else 4)
+    if change == "picture":  # the first turn comes out differently, so the second has to follow
+        Image.new("RGB", (64, 64)).save(tmp_path / "images" / "t-1.png")
+    image.make(painter, TURNS, tmp_path, settings, progress=False)
+    assert len(painter.calls) == (1 if change == "picture" else 2)
+
+
+def test_an_item_has_the_same_seed_whatever_else_is_selected(painter: Painter, tmp_path: Path) -> None:
+    path = suite_file(tmp_path, ITEMS)
+    for extra in ([], ["--category", "free"]):
+        assert image.main(["--suite", str(path), "--out", str(tmp_path / f"run{len(extra)}"), *extra]) == 0
+    assert [call["seed"] for call in painter.calls] == [1, 2, 3, 3]
+
+
+def test_turns_edit_what_the_turn_before_made(tmp_path: Path) -> None:
+    painter = Painter()
+    image.make(painter, TURNS, tmp_path, image.Settings(), progress=False)
+    assert np.array_equal(painter.calls[0]["image"], draw(SCENE))
+    assert np.array_equal(painter.calls[1]["image"], fidelity.read(tmp_path / "images" / "t-1.png"))
+    rows = image.measure(TURNS, tmp_path)
+    assert [row["ok"] for row in rows] == [True, True]
+    assert rows[1]["checks"]["identity"]
+    # An object that became another one in the first turn is still wrong, and not the same, in the second.
+    for item, shape in zip(TURNS, ("circle", "circle"), strict=True):
+        scene = item.scene.replace(things=(item.scene.things[0].replace(shape=shape),))
+        draw(scene).save(tmp_path / "images" / f"{item.id}.png")
+    rows = image.measure(TURNS, tmp_path)
+    assert [row["checks"]["identity"] for row in rows] == [False, False]
+    assert rows[1]["checks"]["unchanged"]
+
+
+def test_a_turn_needs_the_one_before(painter: Painter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = suite_file(tmp_path, TURNS)
+    assert image.main(["--suite", str(path), "--category", "turn 2", "--out", str(tmp_path / "run")]) == 2
+    assert "t-2 edits the picture of t-1, which is not made" in capsys.readouterr().err
+
+
 def test_a_wrong_picture_counts_as_wrong(tmp_path: Path) -> None:
-    image.make(Painter(wrong=ITEMS[1].prompt), ITEMS, tmp_path, image.Settings(4, None, 0), progress=False)
+    image.make(Painter(wrong=ITEMS[1].prompt), ITEMS, tmp_path, image.Settings(steps=4), progress=False)
     rows = {row["id"]: row for row in image.measure(ITEMS, tmp_path)}
     assert rows["single-0"]["ok"]
     assert not rows["recolor-0"]["ok"]
     assert image.summarize(rows.values())["all"]["right"] == 1
 
 
+def test_a_sweep_makes_a_run_for_each_value(
+    painter: Painter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = suite_file(tmp_path, ITEMS), tmp_path / "sweep"
+    options = ["--guidance", "0", "3.5", "--true-cfg-scale", "1", "2", "--negative-prompt", "green"]
+    assert image.main(["--suite", str(path), "--out", str(out), *options]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table[0] == ["single", "recolor", "prompts", "edits", "all"]
+    assert table[1] == ["guidance-0", "0.0%", "0.0%", "0.0%", "0.0%", "0.0%"]
+    assert table[4] == ["guidance-3.5", "cfg-2", *["100.0%"] * 5]
+    results = json.loads((out / "guidance-3.5 cfg-2" / "results.json").read_text())
+    assert (results["guidance"], results["true_cfg_scale"], results["negative_prompt"]) == (3.5, 2.0, "green")
+    negatives = [call.get("negative_prompt") for call in painter.calls]
+    assert negatives == [None, None, None, "green", "green", "green"] * 2
+    assert image.main(["--suite", str(path), "--guidance", "1", "2", "--floor", str(out)]) == 2
+    assert "go with one --guidance" in capsys.readouterr().err
+
+
+def test_an_items_own_negative_prompt_counts_first() -> None:
+    painter, items = Painter(), [dataclasses.replace(ITEMS[0], negative_prompt="a red background"), ITEMS[0]]
+    for item in items:
+        image.request(painter, item, image.Settings(true_cfg_scale=2.0))
+    assert [call["negative_prompt"] for call in painter.calls] == ["a red background", ""]
+
+
+@pytest.mark.parametrize(("background", "ok"), [("green", True), ("blue", False)])
+def test_a_background_left_open_may_be_any_but_one(tmp_path: Path, background: str, ok: bool) -> None:
+    item = suite.Item("n", "negative", "a large red star", scene=SCENE, without="blue")
+    (tmp_path / "images").mkdir()
+    draw(SCENE.replace(background=Background("gradient", "white", background))).save(tmp_path / "images" / "n.png")
+    (row,) = image.measure([item], tmp_path)
+    assert (row["ok"], row["checks"]["without"], row["checks"]["shape"]) == (ok, ok, True)
+
+
+@pytest.mark.parametrize("size", [(96, 64), (64, 128)])
+def test_other_sizes(painter: Painter, tmp_path: Path, size: tuple[int, int]) -> None:
+    path, out = suite_file(tmp_path, ITEMS), tmp_path / "run"
+    assert image.main(["--suite", str(path), "--size", f"{size[0]}x{size[1]}", "--out", str(out)]) == 0
+    assert painter.calls[1]["image"].size == size
+    assert [(call["width"], call["height"]) for call in painter.calls] == [size, size, (32, 48)]
+    assert json.loads((out / "results.json").read_text())["summary"]["all"]["right"] == 2
+
+
+def test_words_of_any_picture_are_read_by_whoever_can(tmp_path: Path) -> None:
+    item = suite.Item("w", "sign", 'a sign that says "OPEN"', text="OPEN")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "images" / "w.png")
+    assert "checks" not in image.measure([item], tmp_path)[0]
+    (row,) = image.measure([item], tmp_path, image.Readers(words=lambda pixels: "OPEM", reward=lambda prompt, p: 0.5))
+    assert (row["ok"], row["read"], row["edit_distance"], row["image_reward"]) == (False, "OPEM", 1, 0.5)
+
+
 def test_compare_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [tmp_path / name for name in "ab"]
     for folder, wrong in zip(folders, ("", ITEMS[0].prompt), strict=True):
-        image.make(Painter(wrong), ITEMS, folder, image.Settings(4, None, 0), progress=False)
+        image.make(Painter(wrong), ITEMS, folder, image.Settings(steps=4), progress=False)
     sheet = tmp_path / "sheet.png"
-    assert image.main(["compare", *map(str, folders), "--sheet", str(sheet), "--json"]) == 0
-    scores = json.loads(capsys.readouterr().out)["fidelity"]
+    options = ["--floor", str(folders[1]), "--sheet", str(sheet), "--json"]
+    assert image.main(["compare", *map(str, folders), *options]) == 0
+    results = json.loads(capsys.readouterr().out)
+    scores = results["fidelity"]
     assert scores["n"] == 3
     assert scores["equal"] == 2
     assert scores["ssim"] < 1
+    assert scores["low"] == scores["psnr"]  # of one pair
+    assert results["noise_floor"]["equal"] == 3
     with Image.open(sheet) as picture:
         assert np.asarray(picture).std() > 10
     (tmp_path / "empty").mkdir()
     assert image.main(["compare", str(folders[0]), str(tmp_path / "empty")]) == 2
     assert "no picture of the same name" in capsys.readouterr().err
+    Image.new("RGB", (16, 32)).save(tmp_path / "empty" / "single-0.jpg")
+    assert image.main(["compare", str(folders[0]), str(tmp_path / "empty")]) == 2
+    assert "single-0: the pictures have different sizes, 64 x 64 and 16 x 32" in capsys.readouterr().err
 
 
-def test_kontextbench_folder(tmp_path: Path) -> None:
+def test_kontextbench_folder(painter: Painter, tmp_path: Path) -> None:
     draw(SCENE).save(tmp_path / "0001.png")
     line = {"file_name": "0001.png", "instruction": "make it white", "category": "Local Instruction", "key": 7}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(line) + "\n")
     (item,) = suite.load(tmp_path)
     assert (item.id, item.prompt, item.category) == ("7", "make it white", "Local Instruction")
-    source = item.source()
-    assert source is not None
-    assert source.size == (64, 64)
+    assert (
+        image.main(["--suite", str(tmp_path), "--out", str(tmp_path / "run"), "--sheet", str(tmp_path / "s.png")]) == 0
+    )
+    assert np.array_equal(painter.calls[0]["image"], draw(SCENE))
+    assert (tmp_path / "run" / "images" / "7.png").is_file()
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["summary"] == {}  # nothing to judge by
 
 
 @pytest.mark.parametrize(
@@ -101,7 +238,8 @@ def test_kontextbench_folder(tmp_path: Path) -> None:
     [
         ("{", "line 1"),
         ('{"id": 1, "category": "a"}', "'prompt' is missing"),
-        ('{"id": 1, "category": "a", "prompt": "x"}\n{"id": 1, "category": "a", "prompt": "y"}', "same id"),
+        ('{"id": 1, "category": "a", "prompt": "x"}\n{"id": 1, "category": "a", "prompt": "y"}', "same id '1'"),
+        ('{"id": 1, "category": "a", "prompt": "x", "follows": "0"}', "1 follows '0', which no earlier line has"),
     ],
 )
 def test_broken_suites_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -113,4 +251,4 @@ def test_broken_suites_are_refused(tmp_path: Path, text: str, message: str) -> N
 
 def test_unknown_suite_names_the_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert image.main(["--suite", "nothing"]) == 2
-    assert "expected one of shapes" in capsys.readouterr().err
+    assert "expected one of shapes, shapes-negative, shapes-turns, a JSONL" in capsys.readouterr().err

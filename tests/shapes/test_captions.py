@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
 from random import Random
 
 import pytest
@@ -17,7 +20,8 @@ def test_training_never_sees_a_held_out_combination() -> None:
     rng = Random(0)
     trained = {data.training_sample(rng, edit=i % 2 == 1).combination for i in range(3000)}
     assert not any(map(held_out, trained))
-    suite_combinations = {sample.combination for sample in make_suite.samples()}
+    asked = [*make_suite.samples(), *itertools.chain(*make_suite.sequences()), *(s for s, _ in make_suite.negatives())]
+    suite_combinations = {sample.combination for sample in asked}
     assert all(map(held_out, suite_combinations))
     assert not trained & suite_combinations
 
@@ -28,12 +32,44 @@ def test_a_tenth_of_all_combinations_is_held_out() -> None:
     assert 0.08 < share < 0.12
 
 
-def test_the_committed_suite_is_what_the_code_makes() -> None:
-    committed = suite.load("shapes")
-    made = make_suite.samples()
-    assert len(committed) == len(made) == 1004
-    for item, sample in zip(committed, made, strict=True):
-        assert (item.prompt, item.scene, item.before) == (sample.caption, sample.scene, sample.before)
+def test_the_committed_suites_are_what_the_code_makes() -> None:
+    made = make_suite.lines()
+    assert {path.stem for path in suite.BUNDLED.glob("*.jsonl")} == made.keys()
+    for name, items in made.items():
+        committed = [json.loads(line) for line in (suite.BUNDLED / f"{name}.jsonl").read_text().splitlines()]
+        assert committed == json.loads(json.dumps(items))
+        assert all(set(item) <= {field.name for field in dataclasses.fields(suite.Item)} for item in items)
+    assert len(suite.load("shapes")) == 1004
+
+
+def test_a_sequence_keeps_one_object_and_each_turn_is_held_out() -> None:
+    items = suite.load("shapes-turns")
+    assert len(items) == 250
+    for number, item in enumerate(items):
+        turn, first = number % 5, items[number - number % 5]
+        assert item.category == f"turn {turn + 1}"
+        assert item.scene is not None
+        assert item.before is not None
+        assert first.before is not None
+        assert item.scene.things[0].shape == first.before.things[0].shape
+        assert item.scene.legible
+        if turn == 0:
+            assert item.follows is None
+            assert len(item.before.things) == 1
+        else:
+            previous = items[number - 1]
+            assert (item.follows, item.before) == (previous.id, previous.scene)
+            assert len(item.scene.things) == 1 or len(previous.scene.things) == 1  # what was added goes
+
+
+def test_negative_prompts_name_what_the_prompt_leaves_open() -> None:
+    items = suite.load("shapes-negative")
+    assert {item.without for item in items} == set(COLORS)
+    for item in items:
+        assert item.without is not None
+        assert item.without not in item.prompt
+        assert item.without in item.negative_prompt
+        assert "background" not in item.prompt
 
 
 @pytest.mark.parametrize("kind", KINDS)
