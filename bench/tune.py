@@ -3,7 +3,8 @@
 For each kind of call in a step, all candidates of its operation are compiled, on all cores; those that spill registers
 or ask for more shared memory than there is are dropped, the rest are timed briefly, the best few again and longer. The
 winner must be as right as any kernel has to be; it goes to `tiles.json` beside the kernels, with its time, the shipped
-tile's, and where and when. Nothing is tuned when a model runs.
+tile's, and where and when. What a library could run as well is timed there too: `kernels.library` chooses by that.
+Nothing is tuned when a model runs.
 """
 
 from __future__ import annotations
@@ -27,15 +28,29 @@ from fluxkiln.bench.kernels import TINY_SIZES, parity
 from fluxkiln.bench.measure import measure
 from fluxkiln.bench.step import TINY
 from fluxkiln.config import DEV
-from fluxkiln.kernels import attention, linear_gate_residual, linear_gelu, matmul, norm_modulate, qkv_rope, registry
+from fluxkiln.kernels import (
+    attention,
+    library,
+    linear_gate_residual,
+    linear_gelu,
+    matmul,
+    norm_modulate,
+    qkv_rope,
+    registry,
+)
 from fluxkiln.kernels.backend import native_arch, refuse
 from fluxkiln.kernels.formats import Fp8
 from fluxkiln.kernels.language import Launch
-from fluxkiln.kernels.tiles import MEASURED, Problem
+from fluxkiln.kernels.tiles import MEASURED, Problem, Tile
 from fluxkiln.record import versions
 
 FINALISTS = 5
 TUNED = ("norm_modulate", "qkv_rope", "attention", "linear_gelu", "linear_gate_residual")
+ALL = (*TUNED, *(op for op in library.LAUNCH if op not in TUNED))  # the rest is only compared with the library
+
+TILE = {
+    op: attention.Tile if op == "attention" else norm_modulate.Tile if op == "norm_modulate" else Tile for op in TUNED
+}
 
 Search = tuple[str, dict[str, Any], list[Any]]  # section of tiles.json, problem, candidates: the shipped tile first
 
@@ -114,6 +129,38 @@ def tune(
     return None
 
 
+def compare(
+    case: Case, tile: Any, device: torch.device, budget: float, say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Row of `tiles.json` that says who is faster, our kernel (with `tile`, or None for the table's) or a library.
+
+    None where only one of them can run the case, or the library is not as right.
+    """
+    arch, args = native_arch(device), arguments(case, device)
+    operands = registry.packed(case.op, args)
+    found = library.kind(case.op, operands, arch)
+    if isinstance(found, str) or refuse(registry.OPS[case.op], operands, arch):
+        return None
+    options = {} if tile is None else {"tile": tile}
+    ours = registry.OPS[case.op].launch(*operands, arch=arch, **options)[1]
+    output, theirs = library.LAUNCH[case.op](*operands, arch=arch)
+
+    def run(calls: Sequence[Callable[[], Any]]) -> None:
+        for call in calls:
+            call()
+
+    run(theirs)
+    if not (held := parity(case, args, output))["passed"]:
+        say(f"{case.key}: the library's error is {held['error']:.1e}, eager's {held['eager_error']:.1e}")
+        return None
+    us, us_library = (round(1e6 * measure(lambda c=c: run(c), device, budget).median, 2) for c in (ours, theirs))
+    problem = {**found, "size": case.size, "result": case.result}
+    return {
+        "problem": problem, "us": us, "us_library": us_library,
+        "versions": versions(device), "date": datetime.now(UTC).date().isoformat(),
+    }  # fmt: skip
+
+
 def usable(
     tiles: Sequence[Any], launches: Callable[[Any], list[Launch]], device: torch.device
 ) -> Iterator[Any]:  # fmt: skip
@@ -163,7 +210,7 @@ def merge(path: Path, section: str, row: Mapping[str, Any]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model: a rehearsal that a CPU can do")
-    parser.add_argument("--op", nargs="+", choices=TUNED, default=TUNED, help="only these operations")
+    parser.add_argument("--op", nargs="+", choices=ALL, default=ALL, help="only these operations")
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["1024x1024"], help="sizes of pictures")
     parser.add_argument("--precision", nargs="+", choices=registry.FORMATS, help="default: all that run here")
     parser.add_argument("--table", type=Path, default=MEASURED, metavar="FILE", help="where winners go")
@@ -183,16 +230,24 @@ def run(args: argparse.Namespace) -> int:
     arch = native_arch(device)
     precisions = args.precision or [f for f in registry.FORMATS if registry.refuse_format(f, arch) is None]
     config, sizes = (TINY, TINY_SIZES) if args.tiny else (DEV, {name: SIZES[name] for name in args.size})
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     with torch.inference_mode():
         for case in everything(config, sizes, precisions):
             if case.op not in args.op or time.monotonic() > deadline:
                 continue
-            found = tune(case, device, args.budget, lambda text: print(text, file=sys.stderr, flush=True))
-            if found is None:
-                continue
-            section, row = found
-            merge(args.table, section, row)
-            tile = " ".join(f"{name}={value}" for name, value in row["tile"].items())
-            text = f"{case.key}: {row['us']} us, shipped {row['us_shipped']}: {tile}"
-            print(json.dumps(row) if args.json else text, flush=True)
+            tile = None
+            if case.op in TUNED:
+                found = tune(case, device, args.budget, say)
+                if found is None:
+                    continue
+                section, row = found
+                tile = TILE[case.op](**row["tile"])
+                merge(args.table, section, row)
+                text = f"{case.key}: {row['us']} us, shipped {row['us_shipped']}: {tile}"
+                print(json.dumps(row) if args.json else text, flush=True)
+            row = compare(case, tile, device, args.budget, say)
+            if row is not None:
+                merge(args.table, "library", row)
+                text = f"{case.key}: {row['us']} us, the library {row['us_library']}"
+                print(json.dumps(row) if args.json else text, flush=True)
     return 0

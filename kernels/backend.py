@@ -29,6 +29,7 @@ from fluxkiln.kernels import (
     Binding,
     Ops,
     attention,
+    library,
     linear,
     linear_gate_residual,
     linear_gelu,
@@ -92,8 +93,9 @@ class Triton:
         self.device, self.attention_format = torch.device(device), attention
         self.arch = native_arch(self.device) if arch is None else RELATIVE.get(arch, arch)
         self.arena = Arena()
-        self._checked: set[tuple[Any, ...]] = set()
-        self._collected: list[Launch] | None = None
+        self._head_dim: int | None = None
+        self._launchers: dict[tuple[Any, ...], Callable[..., Any]] = {}  # of calls that were checked
+        self._collected: list[Callable[[], Any]] | None = None
 
     def ops(self) -> Ops:
         return Ops(
@@ -118,18 +120,23 @@ class Triton:
         return packed.pack(streams) if len(set(widths)) == 1 else linear.pack(streams)
 
     def pack_qkv(self, streams: Streams, norms: tuple[QKNorm, ...]) -> PackedProjection:
+        self._head_dim = len(norms[0].query)
         return qkv_rope.pack(Projection(streams, norms, attention=self.attention_format))
 
     def describe(self, op: str, layer: Any = None) -> Binding:
         """Who runs an operation with a layer, in which format."""
+        if op == "attention" and self.attention_format == "bf16" and self._head_dim is not None:
+            by_library = library.faster(library.attention_kind(self.arch, self._head_dim))
+            return Binding("torch" if by_library else "triton", "bf16")
         if layer is None:
             return Binding("triton", self.attention_format if op == "attention" else "bf16")
         parts = layer.layer if isinstance(layer, PackedProjection) else layer
-        parts = (parts,) if isinstance(parts, Packed) else parts
         if isinstance(parts, Streams):
             return Binding("torch", "bf16", sum(each.weight.numel() for each in parts))
+        parts = unstacked(parts) if op == "linear" else (parts,) if isinstance(parts, Packed) else parts
         weights = sum(part.streams * part.parts * part.n * part.k for part in parts)
-        return Binding("triton", parts[0].format, weights)
+        by_library = op == "linear" and library.launcher(op, (None, parts), self.arch) is not None
+        return Binding("torch" if by_library else "triton", parts[0].format, weights)
 
     # --- operations
 
@@ -162,12 +169,13 @@ class Triton:
 
     def _run(self, name: str, op: Any, *args: Any) -> Any:
         call = (name, *map(_signature, args))
-        if call not in self._checked:
+        if call not in self._launchers:
             op.check(*args)
-            if reason := refuse(op, args, self.arch):
+            launch = library.launcher(name, args, self.arch)
+            if launch is None and (reason := refuse(op, args, self.arch)):
                 raise ValueError(f"{name}: {reason}")
-            self._checked.add(call)
-        output, launches = op.launch(*args, arch=self.arch, empty=self.arena.of(name, self.device))
+            self._launchers[call] = launch or op.launch
+        output, launches = self._launchers[call](*args, arch=self.arch, empty=self.arena.of(name, self.device))
         if self._collected is not None:
             self._collected += launches
         else:
@@ -176,8 +184,8 @@ class Triton:
         return output
 
     @contextlib.contextmanager
-    def collected(self) -> Iterator[list[Launch]]:
-        """Inside, operations only tell what they would launch."""
+    def collected(self) -> Iterator[list[Callable[[], Any]]]:
+        """Inside, operations only tell what they would launch, or call of a library."""
         self._collected = launches = []
         try:
             yield launches
@@ -228,8 +236,10 @@ def _signature(x: Any) -> Any:
     """What the checks of a call depend on: shapes, strides and formats, not values."""
     if isinstance(x, Tensor):
         return x.dtype, x.shape, x.stride()
-    if isinstance(x, Streams | Packed | PackedProjection):
-        return id(x)
+    if isinstance(x, PackedProjection):
+        return _signature(x.layer), x.norm.shape, x.attention, x.query
+    if isinstance(x, Packed):
+        return x.weight.dtype, x.weight.shape, x.format, x.streams, x.parts, x.dtype, x.accumulate, x.up is None
     if isinstance(x, tuple | list):
         return tuple(map(_signature, x))
     if hasattr(x, "__dataclass_fields__"):
@@ -272,6 +282,8 @@ def compile_step(
         )
     with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool) as mode:
         for launch in launches:
+            if not isinstance(launch, Launch):
+                continue
             launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options, enable_fp_fusion=True)
         futures = list(mode.raw_futures)
         for done, future in enumerate(futures, start=1):

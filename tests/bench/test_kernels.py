@@ -13,7 +13,7 @@ from fluxkiln.bench.kernels import TINY_SIZES, Results
 from fluxkiln.bench.measure import Samples, measure, roofs
 from fluxkiln.bench.step import TINY
 from fluxkiln.config import DEV
-from fluxkiln.kernels import attention, registry, tiles
+from fluxkiln.kernels import attention, library, registry, tiles
 from fluxkiln.kernels.formats import Fp8
 
 CPU = torch.device("cpu")
@@ -265,6 +265,21 @@ def test_a_measured_tile_is_picked_at_the_nearest_length(table):
     assert attention.pick(90, "fp8", 128, 4608) == attention.TILES[90, "fp8", 128]
     assert attention.pick(90, "bf16", 128, 4608, describable=False).copies == "cp.async"
     assert tiles.measured.__wrapped__() == {}
+
+
+def test_what_tuning_writes_is_what_runs(table, capsys):
+    from fluxkiln.cli import main
+
+    command = "bench tune --tiny --device cpu --budget 1e-9 --precision bf16 --json --op attention linear --table"
+    assert main([*command.split(), str(table)]) == 0
+    tiles.section.cache_clear()
+    written = json.loads(table.read_text())
+    assert [row["tile"]["m"] for row in written["attention"]] == [attention.pick(120, "bf16", 64, 64).m]
+    compared = {(row["problem"]["op"], row["problem"]["size"]) for row in written["library"]}
+    assert compared == {("attention", "tiny"), ("linear", "tiny")}
+    assert all(row["us"] > row["us_library"] > 0 for row in written["library"])  # an interpreter beside a library
+    assert library.faster(library.attention_kind(120, 64))
+    assert len(capsys.readouterr().out.splitlines()) == len(written["attention"]) + len(written["library"])
 
 
 @pytest.mark.parametrize("case", everything(TINY, TINY_SIZES, ("fp8",)), ids=lambda case: case.key)
