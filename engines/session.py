@@ -78,7 +78,9 @@ class Session:
             with saying(self._log, f"{name} makes no execution context"):
                 config = _some(self._engine.create_runtime_config())
                 config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-                self._cache = self._specialise(config, stored, cache, capture) if self._flavour.ahead_of_time else None
+                self._compiled = (
+                    self._specialise(config, stored, cache, capture) if self._flavour.ahead_of_time else None
+                )
                 self._context = _some(self._engine.create_execution_context(config))
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         read = {tensor: self._engine.get_tensor_mode(tensor) == trt.TensorIOMode.INPUT for tensor in names}
@@ -114,8 +116,8 @@ class Session:
                 self._bound[name].copy_(inputs[name])
             _some(self._context.execute_async_v3(self._stream.cuda_stream))
         current.wait_stream(self._stream)
-        if new and self._cache is not None:
-            self._cache.save()
+        if new and self._compiled is not None:
+            self._compiled.save()
         return {name: self._bound[name] for name in self.outputs}
 
     def _bind(self, shapes: Mapping[str, torch.Size]) -> None:

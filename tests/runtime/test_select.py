@@ -1,0 +1,194 @@
+"""Which backend is chosen, by what runs here and by recorded measurements, and what is said about the others."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fluxkiln
+from fluxkiln import cmd_generate, select
+from fluxkiln.cli import main
+from fluxkiln.config import DEV
+from fluxkiln.engines.store import Stored
+from fluxkiln.kernels import EAGER, RefusedError, registry
+from fluxkiln.kernels.recipe import RECIPES, Recipe
+from fluxkiln.measurements import keep, local_folder
+from fluxkiln.plan import plan_of
+from fluxkiln.record import Part, Record
+from fluxkiln.select import Choice, choose
+from fluxkiln.workload import Tokens
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CARD = "NVIDIA GeForce RTX 4090 (sm_89)"
+USUAL = Tokens(512, 4096)
+ENGINE = Stored(Path("store/0123"), None, None)
+
+
+def test_there_is_one_refusal() -> None:
+    assert select.RefusedError is registry.RefusedError is RefusedError
+
+
+def test_auto_takes_eager_on_a_cpu_and_says_why_not_the_others() -> None:
+    choice = choose("auto", DEV, RECIPES["bf16"], CPU, torch.bfloat16, find=lambda: "no GPU")
+    assert (choice.backend, choice.why) == ("eager", "the only one that can run this here")
+    assert choice.ops is not None
+    assert choice.reasons["trt"] == "no GPU"
+    assert choice.reasons["triton"].startswith("on cpu its kernels are interpreted")
+    assert choice.notices == ()
+
+
+# --- a GPU's measurements, without the GPU ------------------------------------------------------
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine on which Triton could run, as far as the choice is concerned; its user's cache is empty."""
+    monkeypatch.setattr(select, "versions", lambda device: {"gpu": CARD})
+    monkeypatch.setattr(registry, "refuse_model", lambda *args: None)
+    monkeypatch.setattr(select, "_ops", lambda name, recipe, device: EAGER)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def measured(backend: str, seconds: float, tokens: Tokens = USUAL) -> None:
+    """What `fluxkiln bench step` writes to this user's folder."""
+    result: dict[str, Any] = {
+        "benchmark": "step",
+        "config": asdict(DEV),
+        "tokens": asdict(tokens),
+        "dtype": "bf16",
+        "precision": "fp8",
+        "backend": backend,
+        "versions": {"gpu": CARD},
+        "contestants": {"fluxkiln": {"seconds": 9.0}, "fluxkiln step": {"seconds": seconds}},
+    }
+    keep(result, local_folder())
+
+
+def chosen(backend: str = "auto", recipe: Recipe = RECIPES["fp8"], found: Stored | str = ENGINE) -> Choice:
+    return choose(backend, DEV, recipe, GPU, torch.bfloat16, find=lambda: found)
+
+
+@pytest.mark.usefixtures("card")
+def test_an_engine_is_first_where_nothing_was_timed() -> None:
+    choice = chosen()
+    assert (choice.backend, choice.engine, choice.ops) == ("trt", ENGINE, None)
+    assert choice.why.startswith("first in the fixed order")
+    assert choice.reasons == {
+        "triton": f"it was not timed beside trt on {CARD}",
+        "eager": "it would emulate fp8 in wider arithmetic, slower than bf16",
+    }
+    assert chosen(found="the store is empty").backend == "triton"
+
+
+@pytest.mark.usefixtures("card")
+def test_an_engine_timed_slower_than_triton_is_refused() -> None:
+    measured("trt", 0.25)
+    measured("triton", 0.2)
+    choice = chosen()
+    assert (choice.backend, choice.engine) == ("triton", None)
+    assert choice.ops is not None
+    assert choice.measured == {"trt": 1.25}
+    assert choice.reasons["trt"] == f"its step takes 1.25 times as long as triton's on {CARD}"
+    asked = chosen("trt")
+    assert (asked.backend, asked.engine, asked.measured) == ("trt", ENGINE, {"triton": 0.8})
+    assert asked.notices == (
+        f"backend triton is faster: trt was asked for, and its step takes 1.25 times as long as triton's on {CARD}",
+    )
+    measured("triton", 0.24)  # measured again: now within 5 %
+    assert chosen().backend == "trt"
+    assert chosen("trt").notices == ()
+
+
+@pytest.mark.usefixtures("card")
+def test_measurements_of_other_models_and_sizes_do_not_decide() -> None:
+    measured("trt", 0.25)
+    measured("triton", 0.05, Tokens(512, 1024))
+    assert chosen().backend == "trt"
+    measured("triton", 0.05)
+    assert chosen(recipe=RECIPES["bf16"]).backend == "trt"
+    assert chosen(recipe=RECIPES["fp8"]).backend == "triton"
+
+
+@pytest.mark.usefixtures("card")
+def test_what_was_asked_for_and_cannot_run_is_refused_or_falls_back_loudly() -> None:
+    with pytest.raises(RefusedError, match=r"^backend trt: the store is empty$"):
+        chosen("trt", found="the store is empty")
+    choice = choose("trt", DEV, RECIPES["fp8"], GPU, torch.bfloat16, fallback=True, find=lambda: "the store is empty")
+    assert (choice.backend, choice.fallback) == ("eager", True)
+    assert choice.notices == ("backend trt cannot run this: the store is empty",)
+
+
+# --- the whole way, on a CPU --------------------------------------------------------------------
+
+
+def test_trt_refuses_in_one_sentence_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    output = ["-o", str(tmp_path / "a.png"), "--device", "cpu"]
+    assert main(["generate", "a red circle", "--backend", "trt", *output]) == 1
+    assert capsys.readouterr().err == (
+        "fluxkiln: backend trt: an engine runs on an NVIDIA GPU, the model is to run on cpu\n"
+    )
+    with pytest.raises(ValueError, match="engine is for backend trt, got backend 'eager'"):
+        fluxkiln.load_transformer("shapes", backend="eager", engine="0123", device="cpu")
+
+
+def test_a_fallback_is_in_the_record(tmp_path: Path) -> None:
+    pipe = fluxkiln.Pipeline.from_pretrained("shapes", backend="trt", fallback=True, device="cpu")
+    record = pipe("a red circle", seed=1, dry_run=True).record
+    assert record.backend == "eager"
+    assert record.reasons == {"trt": "an engine runs on an NVIDIA GPU, the model is to run on cpu"}
+    assert record.notices == (f"backend trt cannot run this: {record.reasons['trt']}",)
+    automatic = fluxkiln.Pipeline.from_pretrained("shapes", device="cpu")("a red circle", seed=1, dry_run=True).record
+    assert automatic.why == "the only one that can run this here"
+    assert automatic.key == record.key  # how a backend was chosen does not decide the bytes
+
+
+def test_repeating_takes_the_recorded_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is replayed, not made again."""
+    record = fluxkiln.Pipeline.from_pretrained("shapes", device="cpu")("a red circle", seed=1, dry_run=True).record
+    engine = Part("engine", "0123456789ab", "tensorrt_rtx 1.7.1.116 sm_89", "ef" * 32)
+    record = Record.from_json(replace(record, backend="trt", parts=(*record.parts, engine)).to_json())
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        fluxkiln.Pipeline, "from_pretrained", lambda model, **options: asked.update(options, model=model)
+    )
+    parser = argparse.ArgumentParser()
+    cmd_generate.add_arguments(parser)
+    cmd_generate.open_pipeline(parser.parse_args(["--from", "a.png"]), record)
+    assert (asked["model"], asked["backend"], asked["engine"]) == ("shapes", "trt", "0123456789ab")
+    cmd_generate.open_pipeline(parser.parse_args(["--from", "a.png", "--backend", "eager"]), record)
+    assert asked["backend"] == "eager"
+    other = replace(record, parts=(*record.parts[:-1], replace(engine, identity="00" * 32)))
+    assert record.differences(other) == [
+        "engine: recorded 0123456789ab (efefefefefef), here 0123456789ab (000000000000)"
+    ]
+    assert record.key != other.key
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "nvfp4"])
+def test_the_plan_is_what_the_operations_describe(precision: str) -> None:
+    """Not what was asked for: an operation that describes itself otherwise shows in the record."""
+    model = fluxkiln.load_transformer("shapes", precision=precision, backend="eager", device="cpu")
+    before = {layer.name: layer for layer in plan_of(model)}
+    weights = {layer.format for layer in before.values() if layer.weights and "blocks" in layer.name}
+    assert weights == ({"bf16", "fp8", "nvfp4"} if precision == "nvfp4" else {precision})
+    assert all(layer.emulated == (layer.format in ("fp8", "nvfp4")) for layer in before.values())
+    assert before["embed"].format == before["final_norm"].format == ("fp32" if precision == "fp32" else "bf16")
+    describe = model.ops.describe
+    model.ops = replace(
+        model.ops,
+        describe=lambda op, layer=None: replace(describe(op, layer), implementation="torch" if op == "linear" else "x"),
+    )
+    after = {layer.name: layer.implementation for layer in plan_of(model)}
+    assert {name for name, who in after.items() if who == "torch"} == {"embed", "final"}
+
+
+def test_fp8_attention_shows_in_the_plan() -> None:
+    recipe = replace(RECIPES["fp8"], attention="fp8")
+    model = fluxkiln.load_transformer("shapes", precision="fp8", recipe=recipe, backend="eager", device="cpu")
+    attention = [layer for layer in plan_of(model) if layer.op == "attention"]
+    assert {(layer.format, layer.emulated) for layer in attention} == {("fp8", True)}
