@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fluxkiln import workload
+from fluxkiln import measurements, workload
 from fluxkiln.bench import step
 from fluxkiln.bench.step import TINY, RandomWeights, Spec, agreement, spec_of, take_turns
 from fluxkiln.cli import main
 from fluxkiln.config import DEV, FILL
+from fluxkiln.record import versions
 from fluxkiln.workload import Tokens
 
 SPEC = Spec(TINY, Tokens(5, 9, 4, batch=2), "fp32", "fp32", "eager", "cpu")
@@ -164,3 +165,21 @@ def test_bad_arguments_are_one_sentence(capsys: pytest.CaptureFixture[str], argu
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("unmeasured_memory")
+def test_what_is_kept_is_what_the_choice_of_a_backend_reads(tmp_path: Path) -> None:
+    command = ["bench", "step", "--config", "tiny", "--tokens", "9", "--text", "5", "--rounds", "1"]
+    assert main([*command, "--backend", "eager", "--device", "cpu", "--results", str(tmp_path)]) == 0
+    (eager,) = measurements.read([tmp_path])
+    triton = dataclasses.replace(eager, backend="triton", seconds=eager.seconds / 2)
+    here = measurements.device_name(versions("cpu"))
+    pick = measurements.choose(("eager", "triton"), TINY, "bf16", "bf16", here, [eager, triton])
+    assert (pick.backend, pick.measured) == ("triton", {"eager": 2.0})
+
+
+def test_a_backend_that_cannot_run_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["bench", "step", "--config", "tiny", "--backend", "trt", "--device", "cpu", "--results", str(tmp_path)]
+    assert main(command) == 1
+    assert "backend trt: an engine runs on an NVIDIA GPU" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

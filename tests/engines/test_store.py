@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fluxkiln.cli import main
 from fluxkiln.engines.header import HeaderError, decode
 from fluxkiln.engines.store import MANIFEST, PLAN, Manifest, Store, StoreError, Subject, refuse_here
 
@@ -22,12 +23,12 @@ SUBJECT = Subject(
 )  # fmt: skip
 
 
-def plan(nbytes: int = 4096, arch_bit: int = 3) -> bytes:
+def plan(nbytes: int = 4096, arch_bit: int = 3, build: int = 116) -> bytes:
     """Bytes with the header of an engine, as the builder writes it."""
     header = bytearray(64)
     header[:4] = b"vtrt"
     struct.pack_into("<Q", header, 0x10, nbytes)
-    header[0x18:0x1C] = bytes((1, 7, 1, 116))
+    header[0x18:0x1C] = bytes((1, 7, 1, build))
     struct.pack_into("<Q", header, 0x20, 1 << arch_bit)
     struct.pack_into("<Q", header, 0x38, 1234)
     return bytes(header) + os.urandom(nbytes - 64)
@@ -54,6 +55,7 @@ def test_what_is_added_is_found(tmp_path: Path) -> None:
     [
         {"graph": "00"}, {"model": "00"}, {"precision": "bf16"}, {"recipe": "[]"}, {"profile": {}}, {"arch": "sm_120"},
         {"flavour": "tensorrt"}, {"version": "1.7.1.117"}, {"weights": "inside"}, {"part": "vae_decoder"},
+        {"options": {"aux_streams": 0}},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
@@ -70,11 +72,15 @@ def test_everything_that_makes_an_engine_is_in_its_key(tmp_path: Path, change: d
         (lambda folder: (folder / PLAN).unlink(), "is not whole: 0 bytes of 4096"),
         (lambda folder: (folder / PLAN).write_bytes(b"\0" * 4096), "not a TensorRT-RTX engine"),
         (lambda folder: (folder / PLAN).write_bytes(plan(arch_bit=4)), "is an engine for sm_120"),
+        (lambda folder: (folder / PLAN).write_bytes(plan(build=117)), "of version 1.7.1.117"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "has no readable manifest"),
         (lambda folder: (folder / MANIFEST).unlink(), "has no readable manifest"),
         (lambda folder: _edit(folder, precision="bf16"), "it was renamed or its manifest was changed"),
     ],
-    ids=["truncated", "gone", "not an engine", "other target", "bad manifest", "no manifest", "edited manifest"],
+    ids=[
+        "truncated", "gone", "not an engine", "other target", "other version", "bad manifest", "no manifest",
+        "edited manifest",
+    ],
 )  # fmt: skip
 def test_damage_is_named(tmp_path: Path, harm, sentence: str) -> None:
     store = Store(tmp_path)
@@ -92,9 +98,7 @@ def _edit(folder: Path, **change: str) -> None:
 def test_a_changed_byte_is_found_by_reading_it_whole(tmp_path: Path) -> None:
     store = Store(tmp_path)
     folder = store.add(SUBJECT, plan(), **facts())
-    data = bytearray((folder / PLAN).read_bytes())
-    data[2000] ^= 1
-    (folder / PLAN).write_bytes(data)
+    swap(folder)
     (stored,) = store
     assert stored.refusal is None
     assert "was changed after it was built" in (store.verify(stored) or "")
@@ -158,11 +162,84 @@ def test_engines_travel_with_their_manifest(tmp_path: Path) -> None:
     taken = there.take(moved)
     assert taken.refusal is None
     assert there.find(SUBJECT) is not None
+    with pytest.raises(StoreError, match="exists already"):
+        here.export(stored, tmp_path / "stick")
+
+
+def test_a_damaged_engine_does_not_travel(tmp_path: Path) -> None:
+    here, there = Store(tmp_path / "here"), Store(tmp_path / "there")
+    here.add(SUBJECT, plan(), **facts())
+    (stored,) = here
+    moved = here.export(stored, tmp_path / "stick")
+    swap(moved)
+    with pytest.raises(StoreError, match="was changed after it was built"):
+        there.take(moved)
     (moved / PLAN).write_bytes(plan()[:10])
     with pytest.raises(StoreError, match="is not whole"):
         there.take(moved)
-    with pytest.raises(StoreError, match="exists already"):
-        here.export(stored, tmp_path / "stick")
+    with pytest.raises(StoreError, match="has no readable manifest"):
+        there.take(tmp_path)
+    swap(stored.folder)
+    with pytest.raises(StoreError, match="was changed after it was built"):
+        here.export(stored, tmp_path / "other")
+    assert list(there) == there.leftovers() == []
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def swap(folder: Path) -> None:
+    """Another content behind the same header."""
+    data = bytearray((folder / PLAN).read_bytes())
+    data[2000] ^= 1
+    (folder / PLAN).write_bytes(data)
+
+
+def test_a_system_that_renames_over_nothing_replaces_engines_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows: a folder never takes a name that is taken, and which error says so varies."""
+    real, errors = Path.rename, [FileExistsError(errno.EEXIST, "exists"), PermissionError(errno.EACCES, "denied")]
+
+    def rename(self: Path, target: Path) -> Path:
+        if Path(target).exists():
+            raise errors[0]
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    store = Store(tmp_path)
+    for _ in range(2):
+        store.add(SUBJECT, data := plan(), **facts())
+        errors.reverse()
+        (stored,) = store
+        assert stored.plan.read_bytes() == data
+        store.add(SUBJECT, data := plan(), **facts())
+        (stored,) = store
+        assert stored.plan.read_bytes() == data
+    assert store.leftovers() == []
+
+
+def test_the_command_lists_checks_moves_and_deletes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+
+    def command(*arguments: str, store: Path = here) -> str:
+        assert main(["engines", "--store", str(store), *arguments]) == 0
+        return capsys.readouterr().out
+
+    assert "no engines in" in command()
+    folder = Store(here).add(SUBJECT, plan(), seconds=64.0, **facts())
+    assert "flux1-dev fp8 sm_89, weights refit" in (listed := command())
+    assert "built in 64 s" in listed
+    assert "not here: " in listed  # neither this version of TensorRT-RTX, nor this GPU
+    (row,) = json.loads(command("--json"))
+    assert (row["header"]["archs"], row["header"]["weight_bytes"]) == (["sm_89"], 1234)
+    assert "wrote" in command("--export", SUBJECT.key[:6], str(tmp_path / "stick"))
+    assert "added" in command("--import", str(tmp_path / "stick" / SUBJECT.key), store=there)
+    swap(folder)
+    assert "was changed" not in command()
+    assert "was changed" in command("--verify")
+    assert command("--prune") == "removed 1 damaged engines and 0 leftovers\n"
+    assert command("--remove", SUBJECT.key[:6], store=there).startswith("removed")
+    assert main(["engines", "--store", str(there), "--remove", "ab"]) == 1
+    assert "0 engines in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
