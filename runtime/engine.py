@@ -217,8 +217,7 @@ def supply(stored: Stored, tensors: Mapping[str, Any]) -> Iterator[tuple[str, Te
     from fluxkiln.export.weights import values
 
     def parameter(data: dict[str, Any]) -> Parameter:
-        inputs = data["inputs"] and tuple(data["inputs"])
-        return Parameter(**{**data, "outputs": tuple(data["outputs"]), "inputs": inputs, "shape": tuple(data["shape"])})
+        return Parameter(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
 
     parameters = {name: parameter(data) for name, data in stored.manifest.parameters.items()}
     # From the CPU: the GPU has room for the engine's own copy, and may not have it for two.
@@ -241,7 +240,7 @@ def describe(manifest: Manifest, name: str, op: str, weights: int) -> Binding:
     """What an engine runs a call as: by its recipe, and by the products that its build found to have fallen back."""
     structure, recipe = manifest.structure, Recipe.from_json(manifest.subject.recipe)
     if op == "attention":
-        return Binding("trt", "+".join(sorted(structure["attentions"])))
+        return Binding("trt", "+".join(sorted(structure["attentions"])) or recipe.attention)
     *block, field = name.split(".")
     if not block or field not in _LAYERS[block[0]]:
         return Binding("trt", "bf16", weights)
