@@ -1,0 +1,142 @@
+"""The bundled model as it ships: small, whole, its tokenizers those of its text encoders, readable in every format."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from shapes import captions
+from transformers import AutoTokenizer
+
+import fluxkiln
+from fluxkiln import Pipeline
+from fluxkiln.autoencoder import load_autoencoder
+from fluxkiln.bench import suite
+from fluxkiln.checkpoint import open_checkpoint
+
+FOLDER = Path(fluxkiln.__file__).parent / "models" / "shapes"
+PROMPT = "a large red circle in the center of a blue background"
+
+
+def test_fits_into_16_mib() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 16 * 2**20
+
+
+# -- tokenizers ---------------------------------------------------------------------------------
+
+
+def embedding(part: str) -> torch.Tensor:
+    tensors = load_file(FOLDER / part / "model.safetensors")
+    (name,) = {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight", "shared.weight"} & (
+        tensors.keys()
+    )
+    return tensors[name].float()
+
+
+@pytest.fixture(scope="module", params=[("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")])
+def encoder(request: pytest.FixtureRequest) -> tuple[object, torch.Tensor, dict]:
+    """A tokenizer, the embedding `[tokens, width]` that its ids are looked up in, and the encoder's configuration."""
+    tokenizer, part = request.param
+    config = json.loads((FOLDER / part / "config.json").read_text())
+    return AutoTokenizer.from_pretrained(FOLDER / tokenizer), embedding(part), config
+
+
+def test_every_token_has_its_row(encoder) -> None:
+    tokenizer, rows, config = encoder
+    assert len(tokenizer) == config["vocab_size"] == len(rows)
+    assert set(tokenizer.get_vocab().values()) == set(range(len(rows)))
+    assert tokenizer.eos_token_id == config["eos_token_id"]
+    assert tokenizer.pad_token_id == config["pad_token_id"]
+
+
+def test_the_suites_words_are_whole_tokens_and_none_is_cut_off(encoder) -> None:
+    tokenizer, _, _ = encoder
+    for name in ("shapes", "shapes-turns", "shapes-negative"):
+        for item in suite.load(name):
+            ids = tokenizer(item.prompt).input_ids
+            assert len(ids) <= tokenizer.model_max_length
+            assert tokenizer.unk_token_id not in ids[:-1]
+    words = Counter(word for item in suite.load("shapes") for word in re.findall(r"\b[a-z]+\b", item.prompt))
+    for word in words:
+        pieces = tokenizer(word, add_special_tokens=False).input_ids
+        assert len(pieces) == 1, word
+
+
+def test_clips_grown_rows_are_those_of_the_captions_words() -> None:
+    """A row that training never looks up stays as short as it was drawn, so the long ones say which ids the captions
+    had in training: under a tokenizer of another order, frequent words would point at short rows."""
+    tokenizer, norms = AutoTokenizer.from_pretrained(FOLDER / "tokenizer"), embedding("text_encoder").norm(dim=1)
+    rng = Random(0)
+    texts = ((captions.edit(rng) if i % 2 else captions.text_to_image(rng)).caption for i in range(1000))
+    seen = Counter(token for text in texts for token in tokenizer(text).input_ids)
+    often = [token for token, n in seen.items() if n >= 20]
+    never = [token for token in range(len(norms)) if token not in seen]
+    assert len(often) > 50
+
+    def fit(norms: torch.Tensor) -> bool:
+        return bool(norms[often].min() > 1.5 * norms[never].median())
+
+    assert fit(norms)
+    assert not fit(norms.roll(1))
+    assert not fit(norms.roll(-1))
+
+
+# -- file formats -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def native() -> dict[str, torch.Tensor]:
+    """The transformer's tensors in the original release's names."""
+    checkpoint = open_checkpoint(FOLDER)
+    return {name: checkpoint.tensor(name) for name in checkpoint.names}
+
+
+def picture(**files: Path) -> np.ndarray:
+    """What a pipeline draws that takes some parts from single files."""
+    parts = {"transformer": FOLDER, "vae": FOLDER, **files}
+    pipe = Pipeline.from_files(**parts, clip=FOLDER, t5=FOLDER, tokenizers=FOLDER, backend="eager", device="cpu")
+    out = pipe(PROMPT, width=64, height=64, seed=1, num_inference_steps=2, progress=False)
+    return np.asarray(out.images[0])
+
+
+def fp8(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (tensor.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_single_files_draw_the_same_picture(native: dict[str, torch.Tensor], tmp_path: Path, prefix: str) -> None:
+    whole, single = tmp_path / "flux1-shapes.safetensors", tmp_path / "ae.safetensors"
+    save_file({prefix + name: tensor for name, tensor in native.items()}, whole)
+    autoencoder = load_autoencoder(FOLDER, dtype=torch.bfloat16)
+    save_file({name: tensor.contiguous() for name, tensor in autoencoder.state_dict().items()}, single)
+    shutil.copy(FOLDER / "vae" / "config.json", tmp_path)  # its groups of channels are not FLUX.1's
+    np.testing.assert_array_equal(picture(transformer=whole, vae=single), picture())
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["fp8", "fp8_scaled"])
+def test_fp8_files_draw_what_their_values_do(native: dict[str, torch.Tensor], tmp_path: Path, scaled: bool) -> None:
+    stored, values = {}, {}
+    for name, tensor in native.items():
+        if not (name.startswith(("double_blocks", "single_blocks")) and tensor.ndim == 2):
+            stored[f"model.diffusion_model.{name}"] = values[name] = tensor
+            continue
+        scale = tensor.float().abs().max() / 448 if scaled else torch.tensor(1.0)
+        stored[f"model.diffusion_model.{name}"] = code = fp8(tensor, scale)
+        if scaled:
+            stored[f"model.diffusion_model.{name.removesuffix('.weight')}.scale_weight"] = scale
+        values[name] = (code.float() * scale).to(torch.bfloat16)
+    if scaled:
+        stored["model.diffusion_model.scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn)
+    save_file(stored, tmp_path / "fp8.safetensors")
+    save_file(values, tmp_path / "values.safetensors")
+    drawn = picture(transformer=tmp_path / "fp8.safetensors")
+    np.testing.assert_array_equal(drawn, picture(transformer=tmp_path / "values.safetensors"))
+    assert np.any(drawn != picture())
