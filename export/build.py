@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from fluxkiln.config import TOKEN_PIXELS
+from fluxkiln.config import LATENT_SCALE, TOKEN_PIXELS
 from fluxkiln.engines.flavour import RTX_TARGETS, Flavour, flavour, log
 from fluxkiln.engines.store import refit_name
 from fluxkiln.export.graph import Parameter, Traced
@@ -30,11 +30,21 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Profile:
-    """Sizes an engine accepts: (least, best, most) of the batch, the image tokens (references too), the text tokens."""
+    """Sizes an engine accepts: (least, best, most) of each.
+
+    Attributes:
+        batch: images, or prompts.
+        image: image tokens, references too; text: text tokens.
+        height, width: of the latents that an autoencoder takes or makes.
+        rank: of a LoRA.
+    """
 
     batch: tuple[int, int, int] = (1, 1, 1)
     image: tuple[int, int, int] = (256, 4096, 16384 + 2 * 4116)
     text: tuple[int, int, int] = (1, 512, 512)
+    height: tuple[int, int, int] = (32, 128, 256)
+    width: tuple[int, int, int] = (32, 128, 256)
+    rank: tuple[int, int, int] = (1, 16, 128)
 
     @classmethod
     def of(
@@ -45,11 +55,16 @@ class Profile:
         A preferred size has at most 4,116 tokens (672 x 1568 pixels).
         """
         most = math.prod(side // TOKEN_PIXELS for side in largest) + references * 4116
-        return cls((1, 1, batch), (min(256, most), min(4096, most), most), (1, text, text))
+        width, height = ((min(32, side), min(128, side), side) for side in (n // LATENT_SCALE for n in largest))
+        return cls((1, 1, batch), (min(256, most), min(4096, most), most), (1, text, text), height, width)
 
     def shapes(self, inputs: Mapping[str, tuple[int | str, ...]]) -> dict[str, list[tuple[int, ...]]]:
         """Input name -> its three shapes."""
         sizes: dict[int | str, tuple[int, int, int]] = {"batch": self.batch, "img": self.image, "txt": self.text}
+        for name in ("height", "width"):
+            least, best, most = sizes[name] = getattr(self, name)
+            sizes[f"pixel_{name}"] = (least * LATENT_SCALE, best * LATENT_SCALE, most * LATENT_SCALE)
+        sizes["rank"] = self.rank
         return {
             name: [tuple(sizes[d][i] if d in sizes else int(d) for d in shape) for i in range(3)]
             for name, shape in inputs.items()
@@ -84,8 +99,13 @@ def size(parameter: Parameter) -> int:
 
 
 def memory_needed(traced: Traced, weights: Literal["inside", "refit"]) -> int:
-    """Bytes of memory that a build takes at most: the weights and the engine that holds them, or neither."""
-    return SPARE + (2 * nbytes(traced.parameters.values()) if weights == "inside" else 0)
+    """Bytes of memory that a build takes at most: the weights and the engine that holds them, or neither.
+
+    TensorRT makes one product of all modulations and lays out its weight, even for an engine without weights.
+    """
+    parameters = traced.parameters.values()
+    merged = [p for p in parameters if p.layer.endswith(("mod.lin", "modulation.lin", "adaLN_modulation.1"))]
+    return SPARE + (2 * nbytes(parameters) if weights == "inside" else nbytes(merged))
 
 
 def refuse(precision: str, arch: str, name: Flavour) -> str | None:
@@ -164,12 +184,12 @@ def build(
     finally:
         speaker.listeners.pop()
     listing = next((message for _, message in reversed(said) if message.startswith(HEADER)), "")
-    structure = check(read_listing(listing), traced.products, traced.attentions)
+    structure = check(read_listing(listing), traced.products, traced.attentions, traced.attention)
     if structure.fallen and not fallback:
         first, (asked, found) = next(iter(structure.fallen.items()))
         raise StructureError(
-            f"{len(structure.fallen)} of {len(traced.products)} products fell back: {first} was asked for in {asked} "
-            f"and was built in {found}"
+            f"{len(structure.fallen)} of {len(traced.products)} products or all attention fell back: {first} was asked for "
+            f"in {asked} and was built in {found}"
         )
     messages = tuple(f"{severity}: {message}" for severity, message in said if severity in ("WARNING", "ERROR"))
     weights: Literal["inside", "refit"] = "refit" if values is None else "inside"

@@ -56,7 +56,7 @@ class Structure:
         products: number format -> how many layer products run in it.
         attentions: number format -> how many fused attention kernels read it.
         kernels: kind -> how many kernels.
-        fallen: layer product -> (format asked for, format found), where they differ.
+        fallen: layer product, or `attention`, -> (format asked for, format found), where they differ.
     """
 
     products: dict[str, int]
@@ -74,17 +74,20 @@ def read_listing(message: str) -> list[Kernel]:
     return kernels
 
 
-def check(kernels: Sequence[Kernel], products: Mapping[str, str], attentions: int) -> Structure:
+def check(
+    kernels: Sequence[Kernel], products: Mapping[str, str], attentions: int | None, attention: str = "bf16"
+) -> Structure:
     """Compare an engine with its graph.
 
     Args:
         kernels: of the engine.
         products: node of each layer product -> the format it was asked for in.
-        attentions: number of attention nodes.
+        attentions: number of attentions, each of which is to be one fused kernel; None: they need not be.
+        attention: the format they were asked for in.
 
     Raises:
         StructureError: the listing lacks a product, or attention is not one fused kernel each: nothing can be said
-            about such an engine. (Products in another format than asked for are returned, not raised.)
+            about such an engine. (What is in another format than asked for is returned, not raised.)
     """
     found: dict[str, str] = {}
     for kernel in kernels:
@@ -95,11 +98,15 @@ def check(kernels: Sequence[Kernel], products: Mapping[str, str], attentions: in
             f"no kernel of the engine covers {len(lacking)} of {len(products)} products: {lacking[:3]}"
         )
     fused = [kernel for kernel in kernels if kernel.attends]
-    if len(fused) != attentions:
-        raise StructureError(f"attention must be {attentions} fused kernels, the engine has {len(fused)}")
+    if attentions is not None and len(fused) != attentions:
+        small = ": TensorRT takes FP8 attention apart where the profile's best sizes are small" * (attention == "fp8")
+        raise StructureError(f"attention must be {attentions} fused kernels, the engine has {len(fused)}{small}")
+    fallen = {name: (asked, found[name]) for name, asked in products.items() if found[name] != asked}
+    if other := {kernel.format for kernel in fused} - {attention} if attentions else None:
+        fallen["attention"] = (attention, "+".join(sorted(other)))
     return Structure(
         products=dict(Counter(found.values())),
         attentions=dict(Counter(kernel.format for kernel in fused)),
         kernels=dict(Counter(kernel.kind for kernel in kernels)),
-        fallen={name: (asked, found[name]) for name, asked in products.items() if found[name] != asked},
+        fallen=fallen,
     )
