@@ -206,7 +206,7 @@ class _Step:
         ours = Counter(call.op for call in calls if self.model.describe(call.name, call.op).implementation == "triton")
         for op, count in ours.items():
             if planned.count(op) < count:
-                raise AssertionError(f"the plan has {count} calls of {op} on our kernels, {planned.count(op)} launches")
+                raise AssertionError(f"planned are {count} calls of {op} on our kernels, {planned.count(op)} launches")
         if self.device.type != "cuda":
             return f"{len(planned)} launches planned, nothing to profile on a CPU"
         ran = [name for name, _ in profiled(lambda: self.model.step(**x))]

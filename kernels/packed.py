@@ -192,9 +192,17 @@ def refuse(xs: Sequence[Activation], layer: Packed, arch: int) -> str | None:
             return f"K = {x.shape[-1]} is not a multiple of {unit}"
         if codes.stride(-1) != 1 or any(s * codes.element_size() % 16 for s in codes.stride()[:-1]):
             return f"rows must be contiguous and 16 bytes aligned, got strides {codes.stride()}"
+        if isinstance(x, Nvfp4) and not _alike(x):
+            return f"block scales must lie as the codes do, got strides {x.block_scale.stride()} to {codes.stride()}"
         if codes.data_ptr() % 16:
             return "rows must be 16 bytes aligned, but x starts between two multiples of 16 bytes"
     return None
+
+
+def _alike(x: Nvfp4) -> bool:
+    """Whether the strides of the codes find the block scales: 16 elements are 8 bytes of one and 1 of the other."""
+    axes = zip(x.data.shape[:-1], x.data.stride(), x.block_scale.stride(), strict=False)
+    return x.block_scale.stride(-1) == 1 and all(n == 1 or s == 8 * t for n, s, t in axes)
 
 
 # --- on the meta device -----------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The kernel benchmark: that it covers the step, resumes, says what was wrong, and reports only what was measured."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -178,6 +179,37 @@ def test_launches_are_known_by_their_operation():
         todo = kernels.launches(case.op, arguments(case, CPU), CPU)[1]
         names = {gpu.kernel_name(launch) for launch in todo}
         assert names == {case.op}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "nvfp4"])
+def test_a_step_launches_what_its_plan_says(precision: str):
+    step = gpu._Step(TINY, gpu.with_attention(precision, "bf16"), TINY_SIZES["tiny"], CPU)
+    assert "launches planned" in step.names()
+    triton, attend = step.model.ops.pack.__self__, step.model.ops.attention
+
+    def silent(*args, **options):
+        before = len(triton._collected)
+        output = attend(*args, **options)
+        del triton._collected[before:]
+        return output
+
+    step.model.ops = dataclasses.replace(step.model.ops, attention=silent)
+    with pytest.raises(AssertionError, match="4 calls of attention on our kernels, 0 launches"):
+        step.names()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("half", ["kernels", "step"])
+def test_a_whole_half_is_rehearsed_and_goes_on_where_it_stopped(half: str, tmp_path, capsys):
+    """Minutes of interpreting: every code path of `make gpu`, with tiny shapes."""
+    command = ["--tiny", "--device", "cpu", "--half", half, "--minutes", "60", "--results", str(tmp_path)]
+    assert gpu.main([*command, "--minutes", "0"]) == gpu.OUT_OF_TIME
+    assert gpu.main(command) == gpu.DONE, capsys.readouterr()
+    written = {path: path.read_text().splitlines() for path in tmp_path.iterdir()}
+    assert gpu.main(command) == gpu.DONE
+    for path, lines in written.items():
+        fresh = path.read_text().splitlines()[len(lines) :]
+        assert all(json.loads(line)["kind"] == "run" for line in fresh)
 
 
 # --- tables -----------------------------------------------------------------------------------

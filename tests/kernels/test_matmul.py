@@ -156,6 +156,8 @@ def test_refusals_give_the_reason():
     wide = dataclasses.replace(streams[0], weight=streams[0].weight.float(), bias=streams[0].bias.float())
     fp8 = layer("fp8", 32, 64, accumulate="f16")
     odd = Linear(noise(24, 64).bfloat16(), noise(24).bfloat16())
+    every_other = activation(noise(1, 16, 64), "nvfp4")[:, ::2]
+    torn = dataclasses.replace(every_other, block_scale=every_other.block_scale.contiguous())
     for inputs, linears, arch, reason in (
         ((x,), Streams((wide,)), 90, "bf16 or fp16"),
         ((x,), layer("nvfp4", 32, 64), 90, "NVFP4 needs the block-scaled tensor cores of sm_100 or sm_120"),
@@ -165,12 +167,14 @@ def test_refusals_give_the_reason():
         ((x,), layer("fp8", 32, 64), 90, "the weight is fp8, the input bf16"),
         ((noise(1, 8, 24).bfloat16(),), layer("bf16", 32, 24), 90, "K = 24 is not a multiple of 16"),
         ((activation(noise(1, 8, 48), "nvfp4"),), layer("nvfp4", 32, 48), 120, "K = 48 is not a multiple of 32"),
+        ((torn,), layer("nvfp4", 32, 64), 120, "block scales must lie as the codes do"),
         ((noise(1, 64, 8).bfloat16().mT,), streams, 90, "rows must be contiguous"),
         ((noise(1, 8, 65).bfloat16()[..., 1:],), streams, 90, "16 bytes aligned, got strides"),
         ((noise(1, 8, 72).bfloat16()[..., 4:68],), streams, 90, "starts between two multiples"),
     ):
         assert reason in (refuse(inputs, pack(linears), arch) or "accepted"), reason
     assert refuse((activation(x, "fp8", "f16"),), pack(fp8), 89) is None
+    assert refuse((every_other,), pack(layer("nvfp4", 32, 64)), 120) is None
 
 
 def test_bad_calls_say_what_was_expected():
