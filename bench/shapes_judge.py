@@ -377,6 +377,17 @@ def read_word(pixels: Pixels, background: Background) -> tuple[str, str | None]:
     return best, _NAMES[color]
 
 
+def _beside_word(pixels: Pixels, background: Background, letters: int) -> float:
+    """Share of the picture that is neither background nor where a word of so many letters stands."""
+    height, width, _ = pixels.shape
+    side = min(height, width)
+    different = np.linalg.norm(pixels - _expected(background, height, width)[0], axis=-1) > NOT_BACKGROUND
+    half, tall = letters * side * LETTER_CELL / 2 + 1, 3.5 * side * LETTER_DOT + 1
+    rows, columns = (np.abs(np.arange(n) + 0.5 - n / 2) for n in (height, width))
+    different[np.ix_(rows <= tall, columns <= half)] = False
+    return float(different.mean())
+
+
 def _dots(total: NDArray[np.floating], left: float, top: float, dot: float) -> NDArray[np.floating]:
     """Mean ink `[7, 5]` of each dot of a letter's cell, from the ink summed over everything left and above."""
     xs, ys = (np.rint(start + dot * np.arange(n + 1)).astype(int) for start, n in ((left, 5), (top, 7)))
@@ -441,7 +452,11 @@ def judge(pixels: Pixels, scene: Scene) -> Verdict:
     background = find_background(pixels)
     asked = ["background"]
     asked += (
-        ["word", "color"] if scene.word else ["count", "shape", "color", "size", "style"] if scene.things else ["count"]
+        ["word", "color", "count"]
+        if scene.word
+        else ["count", "shape", "color", "size", "style"]
+        if scene.things
+        else ["count"]
     )
     counted = len(scene.things) > 1 and len({(t.shape, t.color, t.radius) for t in scene.things}) == 1
     if scene.things and not counted:
@@ -453,6 +468,7 @@ def judge(pixels: Pixels, scene: Scene) -> Verdict:
     if scene.word:
         word, color = read_word(pixels, background)
         checks |= {"word": word == scene.word, "color": color == scene.word_color}
+        checks["count"] = _beside_word(pixels, background, len(word)) <= SPECK
         return Verdict(checks, background, (), word)
     found, dirt = find_things(pixels, background)
     pairs = _pair_up(found, scene)

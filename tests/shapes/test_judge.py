@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from random import Random
 
 import numpy as np
@@ -12,51 +14,64 @@ from fluxkiln.bench import shapes_judge
 from fluxkiln.bench.shapes_scene import CELLS, COLORS, FONT, SHAPES, Background, Scene, Thing, draw
 
 KINDS = ("single", "pair", "count", "word")
-SIZES = ((64, 64), (64, 64), (96, 96), (128, 64), (64, 96))
+SIZES = ((64, 64), (64, 64), (96, 96), (128, 128), (128, 64), (64, 128), (64, 96), (96, 64))
 
 
 def _pixels(scene: Scene, width: int = 64, height: int = 64) -> np.ndarray:
     return np.asarray(draw(scene, width, height))
 
 
-def test_true_renders_are_right() -> None:
-    rng, wrong, n = Random(10), [], 0
-    for kind in KINDS:
-        for _ in range(100):
-            sample = captions.text_to_image(rng, kind)
-            n += 1
-            if not shapes_judge.judge(_pixels(sample.scene, *rng.choice(SIZES)), sample.scene).ok:
-                wrong.append(sample)
-    for _ in range(200):
-        sample = captions.edit(rng)
-        assert sample.before is not None
-        n += 1
-        verdict = shapes_judge.judge_edit(_pixels(sample.before), _pixels(sample.scene), sample.before, sample.scene)
-        if not verdict.ok:
-            wrong.append(sample)
-    assert len(wrong) <= 0.005 * n, wrong
+def _accepts(sample: captions.Sample, scene: Scene, size: tuple[int, int]) -> bool:
+    """Whether a picture of `scene` passes for what `sample` asks for."""
+    pixels = _pixels(scene, *size)
+    if sample.before is None:
+        return shapes_judge.judge(pixels, sample.scene).ok
+    return shapes_judge.judge_edit(_pixels(sample.before, *size), pixels, sample.before, sample.scene).ok
+
+
+def _sample(rng: Random, kind: str) -> captions.Sample:
+    return captions.edit(rng) if kind == "edit" else captions.text_to_image(rng, kind)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "edit"])
+def test_true_renders_are_right(kind: str) -> None:
+    rng = Random(f"true {kind}")
+    samples = [_sample(rng, kind) for _ in range(120)]
+    wrong = [sample for sample in samples if not _accepts(sample, sample.scene, rng.choice(SIZES))]
+    assert len(wrong) <= 0.005 * len(samples), wrong
 
 
 def _near_misses(rng: Random, kind: str, scene: Scene) -> dict[str, Scene]:
     """Scenes that differ from `scene` in one thing, by as little as there is."""
-    misses = {}
+    misses, ground = {}, scene.background
+    others = [c for c in COLORS if c not in ground.colors and all(c not in t.colors for t in scene.things)]
+    nearest = sorted(
+        (c for c in others if c != scene.word_color), key=lambda c: math.dist(COLORS[c], COLORS[ground.color])
+    )
+    misses["background"] = scene.replace(background=dataclasses.replace(ground, color=nearest[0]))
+    if ground.color2:
+        misses["order"] = scene.replace(background=Background(ground.kind, ground.color2, ground.color))
     if scene.word:
         i = rng.randrange(len(scene.word))
         letter = rng.choice([c for c in FONT if c != scene.word[i]])
         misses["letter"] = scene.replace(word=scene.word[:i] + letter + scene.word[i + 1 :])
         misses["short"] = scene.replace(word=scene.word[:-1])
-        colors = [c for c in COLORS if c not in (scene.word_color, scene.background.color)]
-        misses["word color"] = scene.replace(word_color=rng.choice(colors))
+        misses["word color"] = scene.replace(word_color=rng.choice([c for c in others if c != scene.word_color]))
+        misses["more"] = scene.replace(things=(Thing.of(rng.choice(SHAPES), rng.choice(others), "small", "top"),))
+        return misses
+    if not scene.things:
+        misses["more"] = scene.replace(things=(Thing.of(rng.choice(SHAPES), rng.choice(others), "small"),))
         return misses
     first, rest = scene.things[0], scene.things[1:]
-    taken = (*first.colors, *scene.background.colors)
-    misses["shape"] = scene.replace(
-        things=(first.replace(shape=rng.choice([s for s in SHAPES if s != first.shape])), *rest)
-    )
-    misses["color"] = scene.replace(
-        things=(first.replace(color=rng.choice([c for c in COLORS if c not in taken])), *rest)
-    )
-    misses["size"] = scene.replace(things=(first.replace(radius=first.radius * rng.choice((1.355, 1 / 1.355))), *rest))
+
+    def instead(**changes: object) -> Scene:
+        return scene.replace(things=(first.replace(**changes), *rest))
+
+    misses["shape"] = instead(shape=rng.choice([s for s in SHAPES if s != first.shape]))
+    misses["color"] = instead(color=min(others, key=lambda c: math.dist(COLORS[c], COLORS[first.color])))
+    misses["size"] = instead(radius=first.radius * rng.choice((1.355, 1 / 1.355)))
+    if first.radius >= 0.15:  # of smaller ones, two stripes are all there is
+        misses["style"] = instead(style="striped" if first.style == "plain" else "plain")
     misses["fewer"] = scene.replace(things=rest)
     free = [
         c
@@ -66,9 +81,8 @@ def _near_misses(rng: Random, kind: str, scene: Scene) -> dict[str, Scene]:
     if free and kind != "pair":
         x, y = CELLS[rng.choice(free)]
         misses["more"] = scene.replace(things=(*scene.things, first.replace(x=x, y=y, radius=0.115)))
-    if kind == "single":
-        x, y = CELLS[rng.choice([c for c in CELLS if c != first.cell])]
-        misses["cell"] = scene.replace(things=(first.replace(x=x, y=y),))
+        if kind in ("single", "edit"):
+            misses["cell"] = instead(x=x, y=y)
     if kind == "pair" and scene.relation != "inside":
         other = rest[0]
         misses["swapped"] = scene.replace(
@@ -77,16 +91,19 @@ def _near_misses(rng: Random, kind: str, scene: Scene) -> dict[str, Scene]:
     return misses
 
 
-def test_near_misses_are_refused() -> None:
-    rng, accepted, n = Random(11), [], 0
-    for kind in KINDS:
-        for _ in range(30):
-            scene = captions.text_to_image(rng, kind).scene
-            for name, miss in _near_misses(rng, kind, scene).items():
+@pytest.mark.parametrize("kind", [*KINDS, "edit"])
+def test_near_misses_are_refused(kind: str) -> None:
+    rng, accepted, n = Random(f"near {kind}"), [], 0
+    while n < 220:
+        sample, size = _sample(rng, kind), rng.choice(SIZES)
+        misses = _near_misses(rng, kind, sample.scene)
+        if sample.before is not None:
+            misses["undone"] = sample.before
+        for name, miss in misses.items():
+            if miss.legible:
                 n += 1
-                if shapes_judge.judge(_pixels(miss), scene).ok:
-                    accepted.append((name, scene, miss))
-    assert n > 400
+                if _accepts(sample, miss, size):
+                    accepted.append((name, sample, miss, size))
     assert len(accepted) <= 0.01 * n, accepted
 
 
