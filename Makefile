@@ -25,7 +25,7 @@ gpu: build/links
 	@status=0; for half in kernels step; do $(MAKE) --no-print-directory gpu-$$half || status=1; done; exit $$status
 
 gpu-kernels gpu-step: gpu-%: build/links
-	PYTHONPATH=build/links $(PYTHON) -P -m fluxkiln.bench.gpu --half $* --results bench/results
+	PYTHONPATH=$(CURDIR)/build/links$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -P -m fluxkiln.bench.gpu --half $* --results bench/results
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"fluxkiln needs Python 3.11 or newer, {sys.executable} is {v.major}.{v.minor}: make PYTHON=/path/to/python3.11")'
