@@ -188,8 +188,8 @@ def build(
     if structure.fallen and not fallback:
         first, (asked, found) = next(iter(structure.fallen.items()))
         raise StructureError(
-            f"{len(structure.fallen)} of {len(traced.products)} products or all attention fell back: {first} was asked for "
-            f"in {asked} and was built in {found}"
+            f"{len(structure.fallen)} products or attentions fell back: {first} was asked for in {asked} and was built "
+            f"in {found}"
         )
     messages = tuple(f"{severity}: {message}" for severity, message in said if severity in ("WARNING", "ERROR"))
     weights: Literal["inside", "refit"] = "refit" if values is None else "inside"

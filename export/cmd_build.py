@@ -10,20 +10,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fluxkiln.engines.store import Manifest, Store, Subject, default_root, read_manifest
+from fluxkiln.export import FORMS, PARTS
 
 GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint, folder, hub repository or bundled model")
+    parser.add_argument("--part", default="transformer", choices=PARTS, help="of the model")
+    parser.add_argument(
+        "--form",
+        default="step",
+        choices=FORMS,
+        help="of the transformer: given its modulation (what runs images), "
+        "with the inputs of the released ONNX files, or with a LoRA's matrices as inputs",
+    )
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp8", "nvfp4"))
     parser.add_argument("--recipe", type=Path, help="JSON file of a recipe, instead of the precision's own")
     parser.add_argument("--arch", nargs="+", default=["sm_89"], metavar="sm_NN", help="of the GPUs, e.g. sm_89 sm_120")
     parser.add_argument(
-        "--weights", default="refit", choices=("refit", "inside"), help="supplied at load (small engines) or inside"
+        "--weights",
+        choices=("refit", "inside"),
+        help="supplied at load (small engines), or inside: the autoencoder's are",
     )
     parser.add_argument("--max-size", default="2048x2048", metavar="WxH", help="largest image, in pixels")
     parser.add_argument("--references", type=int, default=2, help="Kontext references that must fit beside it")
@@ -36,72 +45,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fluxkiln.checkpoint import open_checkpoint
     from fluxkiln.engines.flavour import flavour
     from fluxkiln.export.build import Profile, build, memory_needed, refuse
-    from fluxkiln.export.graph import trace
-    from fluxkiln.export.weights import shadow, values
-    from fluxkiln.hub import resolve
-    from fluxkiln.kernels.recipe import Recipe
-    from fluxkiln.quantize import Layers, choose_recipe
+    from fluxkiln.export.parts import export
 
     installed = flavour(args.flavour)
     for arch in args.arch:
         if reason := refuse(args.precision, arch, installed):
             raise ValueError(reason)
-    checkpoint = open_checkpoint(resolve(args.model, ("transformer",)))
-    recipe = Recipe.from_json(args.recipe.read_text()) if args.recipe else choose_recipe(args.precision, checkpoint)
-    size = _size(args.max_size)
-    profile = Profile.of(size, args.references, args.max_batch)
+    weights = args.weights or ("inside" if args.part.startswith("vae") else "refit")
+    if weights == "refit" and args.part.startswith("vae"):
+        raise ValueError(f"the {args.part} has its weights inside: TensorRT takes those of convolutions no other way")
+    exported = export(args.model, args.part, args.precision, args.form, args.recipe)
+    traced = exported.traced
+    profile = Profile.of(_size(args.max_size), args.references, args.max_batch)
     say = (lambda text: None) if args.json else print
-    traced = trace(checkpoint.config, shadow(checkpoint, recipe, torch.bfloat16))
-    need, free = memory_needed(traced, args.weights), available_memory()
-    say(f"{args.model}: {len(traced.products)} products, {recipe.name}; the build needs up to {need / GIB:.1f} GiB")
+    need, free = memory_needed(traced, weights), available_memory()
+    say(f"{args.model}: {exported.part}, {exported.recipe.name}; the build needs up to {need / GIB:.1f} GiB")
+    for note in exported.notes:
+        say(note)
     if free is not None and need > free:
         raise MemoryError(
             f"the build needs up to {need / GIB:.1f} GiB of memory and {free / GIB:.1f} GiB are free"
-            + ("" if args.weights == "refit" else ": build with --weights refit, which needs a fraction")
+            + (
+                ""
+                if weights == "refit" or "vae" in args.part
+                else ": build with --weights refit, which needs a fraction"
+            )
         )
     store, results = Store(args.store), []
     for arch in args.arch:
         subject = Subject(
-            part="transformer",
+            part=exported.part,
             graph=hashlib.sha256(traced.proto.SerializeToString(deterministic=True)).hexdigest(),
-            model=checkpoint.identity,
+            model=exported.identity,
             precision=args.precision,
-            recipe=recipe.to_json(),
+            recipe=exported.recipe.to_json(),
             profile={name: [list(s) for s in shapes] for name, shapes in profile.shapes(traced.inputs).items()},
             arch=arch,
             flavour=installed.name,
             version=installed.version,
-            weights=args.weights,
+            weights=weights,
         )
         found = store.find(subject)
         if found and found.refusal is None and not args.force:
             say(f"{arch}: in the store already, {found.folder}")
             results.append(_result(found.folder, found.manifest, built=False))
             continue
-        weights = None
-        if args.weights == "inside":
-            layers = Layers(checkpoint, recipe, torch.device("cpu"), torch.bfloat16)
-            weights = values(traced.parameters, layers)
+        tensors = exported.values() if weights == "inside" else None
         with _Bar(arch, hidden=args.json) as bar:
             built = build(
-                traced, arch, profile, weights, name=args.flavour, progress=bar.update, fallback=args.fallback
+                traced, arch, profile, tensors, name=args.flavour, progress=bar.update, fallback=args.fallback
             )
         folder = store.add(
             subject,
             built.plan,
             model_name=str(args.model),
             structure=asdict(built.structure),
-            parameters={name: asdict(p) for name, p in traced.parameters.items()} if weights is None else {},
+            parameters={name: asdict(p) for name, p in traced.parameters.items()} if tensors is None else {},
             seconds=built.seconds,
             peak_bytes=peak_memory(),
-            notes=built.messages,
+            notes=(*exported.notes, *built.messages),
         )
         say(
             f"{arch}: built in {built.seconds:.0f} s, {len(built.plan) / 1e6:.1f} MB, "
-            f"products {built.structure.products}, attention {built.structure.attentions}: {folder}"
+            f"products {built.structure.products or 'not held'}, attention {built.structure.attentions or 'not held'}: "
+            f"{folder}"
         )
         results.append(_result(folder, read_manifest(folder), built=True))
     if args.json:
@@ -131,6 +140,7 @@ def _result(folder: Path, manifest: Manifest | None, built: bool) -> dict[str, A
     assert manifest is not None, folder
     return {
         "folder": str(folder),
+        "part": manifest.subject.part,
         "arch": manifest.subject.arch,
         "precision": manifest.subject.precision,
         "weights": manifest.subject.weights,

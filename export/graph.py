@@ -45,7 +45,6 @@ FP8_ATTENTION = (
 )
 
 Form = Literal["step", "compatible", "lora"]
-FORMS: tuple[Form, ...] = ("step", "compatible", "lora")
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 ELEMENT = {
@@ -204,12 +203,17 @@ class Graph:
         tensor = torch.as_tensor(value, dtype=dtype or self.high)
         return self._constant(make_tensor(tensor))
 
-    def integers(self, values: Sequence[int]) -> Value:
+    def integers(self, values: int | Sequence[int] | np.ndarray) -> Value:
         return self._constant(onnx.numpy_helper.from_array(np.asarray(values, np.int64)))
 
     def parameter(self, parameter: Parameter) -> Value:
         assert self.parameters.setdefault(parameter.name, parameter) == parameter, parameter.name
         return Value(self, parameter.name)
+
+    def tensor(self, name: str, shape: Sequence[int]) -> Value:
+        """A tensor of the model as a parameter of that name, in the graph's dtype."""
+        layer, _, role = name.rpartition(".")
+        return self.parameter(Parameter(layer, role, None, None, ELEMENT[self.high], tuple(shape)))
 
     def cast(self, x: Value, dtype: torch.dtype) -> Value:
         return self.op("Cast", x, to=ELEMENT[dtype])

@@ -45,6 +45,12 @@ def values(parameters: Mapping[str, Parameter], tensors: Mapping[str, Any]) -> I
             yield part.name, tensor.to(DTYPE[part.element]).contiguous()
 
 
+def tensors_of(parameters: Mapping[str, Parameter], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The same for a graph whose parameters are tensors of the model, by name."""
+    for name, part in parameters.items():
+        yield name, tensors[name].to(DTYPE[part.element]).contiguous()
+
+
 def _value(part: Parameter, linear: Linear) -> Tensor:
     weight = linear.weight
     if part.role in ("bias", "gain", "offset"):

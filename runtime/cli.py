@@ -29,7 +29,7 @@ COMMANDS: Table = {
         "measure",
     ),
     "quantize": ("fluxkiln.cmd_quantize", "write a checkpoint in fp8 or nvfp4"),
-    "export": ("fluxkiln.export.cmd_export", "write the transformer as ONNX"),
+    "export": ("fluxkiln.export.cmd_export", "write the transformer or another part as ONNX"),
     "build": ("fluxkiln.export.cmd_build", "build TensorRT engines"),
     "engines": ("fluxkiln.engines.cmd_engines", "list the engines in the store"),
 }

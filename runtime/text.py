@@ -178,7 +178,7 @@ def _tokenizer(folder: Path) -> Any:
 def _build_clip(tensors: Tensors) -> torch.nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    sizes = tensors.config or _clip_sizes(tensors)
+    sizes = tensors.config or clip_sizes(tensors)
     state = {name: tensors[name] for name in tensors if name not in _IGNORED}
     return _build(CLIPTextModel, CLIPTextConfig(**sizes), state)
 
@@ -186,7 +186,7 @@ def _build_clip(tensors: Tensors) -> torch.nn.Module:
 def _build_t5(tensors: Tensors) -> torch.nn.Module:
     from transformers import T5Config, T5EncoderModel
 
-    sizes = tensors.config or _t5_sizes(tensors)
+    sizes = tensors.config or t5_sizes(tensors)
     state = {name: tensors[name] for name in tensors}
     # Files store the embedding once, under either name, or twice.
     shared = "shared.weight" if "shared.weight" in state else "encoder.embed_tokens.weight"
@@ -194,7 +194,7 @@ def _build_t5(tensors: Tensors) -> torch.nn.Module:
     return _build(T5EncoderModel, T5Config(**sizes), state)
 
 
-def _clip_sizes(tensors: Tensors) -> dict[str, Any]:
+def clip_sizes(tensors: Tensors) -> dict[str, Any]:
     """CLIP-L's configuration as far as shapes tell it; its heads are 64 wide."""
     vocabulary, width = tensors.shape("embeddings.token_embedding.weight")
     return {
@@ -209,7 +209,7 @@ def _clip_sizes(tensors: Tensors) -> dict[str, Any]:
     }
 
 
-def _t5_sizes(tensors: Tensors) -> dict[str, Any]:
+def t5_sizes(tensors: Tensors) -> dict[str, Any]:
     """T5 v1.1's configuration as far as shapes tell it."""
     shared = "shared.weight" if "shared.weight" in tensors else "encoder.embed_tokens.weight"
     vocabulary, width = tensors.shape(shared)
