@@ -167,9 +167,10 @@ def _transformer(spec: Spec, tensors: Mapping[str, Tensor]) -> Network:
     layers = ByRecipe(tensors, RECIPES[spec.precision])
     choice = _choose(spec.backend, spec.config, spec.precision, torch.device(spec.device), spec.dtype)
     if choice.engine is not None:
-        from fluxkiln.engine import EngineTransformer, supply
+        from fluxkiln.engine import EngineTransformer, open_session, supply
 
-        return EngineTransformer(spec.config, layers, choice.engine, supply(choice.engine, layers))
+        session = open_session(choice.engine, supply(choice.engine, layers), spec.device)
+        return EngineTransformer(spec.config, layers, choice.engine, session)
     assert choice.ops is not None
     return Transformer(spec.config, layers, choice.ops)
 

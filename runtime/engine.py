@@ -151,14 +151,9 @@ class EngineTransformer(Network):
 
     Args:
         config: its sizes.
-        tensors: as for `Transformer`, on the GPU; only those of the modulation are asked for.
+        tensors: as for `Transformer`, where the engine runs; only those of the modulation are asked for.
         stored: the engine.
-        weights: of `supply`.
-        scratch: shared with other engines; None makes its own.
-
-    Raises:
-        StoreError: the engine's file is damaged.
-        SessionError: it cannot be loaded here.
+        session: runs it, of `open_session`: inputs by name -> outputs by name, overwritten by the next call.
     """
 
     def __init__(
@@ -166,16 +161,11 @@ class EngineTransformer(Network):
         config: FluxConfig,
         tensors: Mapping[str, Any],
         stored: Stored,
-        weights: Iterable[tuple[str, Tensor]] | None,
-        scratch: Scratch | None = None,
+        session: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
     ) -> None:
         assert stored.manifest is not None
         super().__init__(config, tensors)
-        cache = default_root().parent / "compiled"
-        self.session = Session(stored, weights=weights, scratch=scratch, cache=cache, device=self.device)
-        if set(self.session.inputs) != set(INPUTS):
-            raise StoreError(f"{stored.folder} reads {', '.join(self.session.inputs)}, a step has {', '.join(INPUTS)}")
-        self.manifest = stored.manifest
+        self.manifest, self.session = stored.manifest, session
         self._calls = {call.name: call for call in workload.step(config, workload.Tokens(1, 1))}
 
     def rope(self, txt_ids: Tensor, img_ids: Tensor) -> Tensor:
@@ -203,6 +193,29 @@ class EngineTransformer(Network):
 
     def describe(self, name: str, op: str) -> Binding:
         return describe(self.manifest, name, op, self._calls[name].weights)
+
+
+def open_session(
+    stored: Stored,
+    weights: Iterable[tuple[str, Tensor]] | None,
+    device: torch.device | str = "cuda",
+    scratch: Scratch | None = None,
+) -> Session:
+    """An engine of a step, loaded.
+
+    Args:
+        weights: of `supply`.
+        scratch: shared with other engines; None makes its own.
+
+    Raises:
+        StoreError: its file is damaged, or it has other inputs than a step.
+        SessionError: it cannot be loaded here.
+    """
+    cache = default_root().parent / "compiled"
+    session = Session(stored, weights=weights, scratch=scratch, cache=cache, device=device)
+    if set(session.inputs) != set(INPUTS):
+        raise StoreError(f"{stored.folder} reads {', '.join(session.inputs)}, a step has {', '.join(INPUTS)}")
+    return session
 
 
 def supply(stored: Stored, tensors: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]] | None:

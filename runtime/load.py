@@ -84,11 +84,11 @@ def load_transformer(
     choice = choose(backend, config, recipe, place, dtype, fallback, find)
     model: Network
     if choice.engine is not None:
-        from fluxkiln.engine import EngineTransformer, supply
+        from fluxkiln.engine import EngineTransformer, open_session, supply
 
         # What is quantised is quantised on the GPU; what is not comes from the file as it is.
         weights = supply(choice.engine, layers(place if recipe.rules else "cpu"))
-        model = EngineTransformer(config, layers(place), choice.engine, weights)
+        model = EngineTransformer(config, layers(place), choice.engine, open_session(choice.engine, weights, place))
     else:
         assert choice.ops is not None
         model = Transformer(config, layers(place), choice.ops)

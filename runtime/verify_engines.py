@@ -7,6 +7,7 @@ was built for.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from fluxkiln import sampling
 from fluxkiln.config import FluxConfig
-from fluxkiln.engine import PART, EngineTransformer, digest, find, supply
+from fluxkiln.engine import PART, EngineTransformer, digest, find, open_session, supply
 from fluxkiln.engines.session import Scratch, SessionError
 from fluxkiln.engines.store import Store, Stored, StoreError, Subject
 from fluxkiln.kernels import RefusedError, eager_ops
@@ -122,16 +123,21 @@ def trials(store: Store, device: torch.device, scratch: Scratch) -> Iterator[Eng
         layers = tiny_model(recipe)
         try:
             engine = build_trial(store, precision, weights, arch, layers)
-        except (RefusedError, RuntimeError) as error:
-            yield replace(row, refused=str(error))
+        except RefusedError as refusal:
+            yield replace(row, refused=str(refusal))
+            continue
+        except RuntimeError as error:
+            yield replace(row, failed=str(error))
             continue
         layers = {name: to(layer, device) for name, layer in layers.items()}
         wide = {name: exact(layer) for name, layer in layers.items()}
         truth = Transformer(TINY, wide, eager_ops(recipe.attention))
+        eager = Transformer(TINY, layers, eager_ops(recipe.attention))
+        cases = []
         for inputs in (Inputs.of(truth, Tokens(9, 24)), Inputs.of(truth, Tokens(16, 64))):
             want = inputs.denoise(truth)
-            own = relative(inputs.denoise(Transformer(TINY, layers, eager_ops(recipe.attention))), want)
-            yield check(replace(row, key=engine.key), engine, TINY, layers, scratch, inputs, want, SLACK * own)
+            cases.append(Case(inputs, want, SLACK * relative(inputs.denoise(eager), want)))
+        yield from check(replace(row, key=engine.key), engine, TINY, layers, scratch, cases)
 
 
 def build_trial(
@@ -143,16 +149,18 @@ def build_trial(
         RefusedError: TensorRT does not build this precision for this architecture; the message says why.
         BuildError, StructureError: it did not build it.
     """
-    from fluxkiln.engines.flavour import flavour
+    from fluxkiln.engines.flavour import PACKAGE, flavour, installed
     from fluxkiln.export.build import Profile, build, refuse
     from fluxkiln.export.graph import trace
     from fluxkiln.export.weights import values
 
-    if reason := refuse(precision, arch, flavour()):
-        raise RefusedError(reason)
+    reasons = {name: refuse(precision, arch, flavour(name)) for name in PACKAGE if name in installed()}
+    name = next((name for name, reason in reasons.items() if reason is None), None)
+    if name is None:
+        raise RefusedError("; ".join(map(str, reasons.values())))
     traced, profile = trace(TINY, layers), Profile(image=(16, 24, 64), text=(1, 16, 16))
     inside = values(traced.parameters, layers) if weights == "inside" else None
-    built = build(traced, arch, profile, inside)
+    built = build(traced, arch, profile, inside, name=name)
     subject = Subject(
         part=PART,
         graph=digest(traced.proto),
@@ -161,8 +169,8 @@ def build_trial(
         recipe=RECIPES[precision].to_json(),
         profile={name: [list(shape) for shape in shapes] for name, shapes in profile.shapes(traced.inputs).items()},
         arch=arch,
-        flavour=flavour().name,
-        version=flavour().version,
+        flavour=name,
+        version=flavour(name).version,
         weights=weights,
     )
     parameters = {name: dataclasses.asdict(parameter) for name, parameter in traced.parameters.items()}
@@ -196,7 +204,7 @@ def stored(store: Store, device: torch.device, scratch: Scratch, model: str | No
         try:
             checkpoint = open_checkpoint(resolve(name, ("transformer",)))
         except (ValueError, OSError, RuntimeError) as error:
-            yield replace(row, refused=f"its model is not here, name it with --model: {error}")
+            yield replace(row, refused=f"its model is not here, name it with --model: {str(error).splitlines()[0]}")
             continue
         meta = partial(shadow, checkpoint, recipe, torch.bfloat16)
         found = find(checkpoint.config, recipe, device, torch.bfloat16, meta, checkpoint.identity, engine.folder, store)
@@ -204,31 +212,39 @@ def stored(store: Store, device: torch.device, scratch: Scratch, model: str | No
             yield replace(row, refused=found)
             continue
         config, layers = checkpoint.config, partial(Layers, checkpoint, recipe, dtype=torch.bfloat16)
-        for inputs, want in of_eager(config, recipe, layers(device), engine):
-            limit = None if want is None else LIMITS[subject.precision]
-            yield check(row, engine, config, layers(device), scratch, inputs, want, limit)
+        cases = of_eager(config, recipe, layers(device), engine)
+        yield from check(row, engine, config, layers(device), scratch, cases)
 
 
-def of_eager(
-    config: FluxConfig, recipe: Recipe, layers: Mapping[str, Any], engine: Stored
-) -> list[tuple[Inputs, Tensor | None]]:
-    """Inputs of an engine's least and best size, and what eager makes of them, None where it has no room."""
+def of_eager(config: FluxConfig, recipe: Recipe, layers: Mapping[str, Any], engine: Stored) -> list[Case]:
+    """An engine's least and best size, and what eager makes of them if it has room."""
     images, texts = (engine.subject.profile[name] for name in ("hidden_states", "encoder_hidden_states"))
-    sizes = sorted({(texts[i][1], images[i][1]) for i in (0, 1)})
-    try:
+    sizes = [Tokens(*size) for size in sorted({(texts[i][1], images[i][1]) for i in (0, 1)})]
+    cases: list[Case] = []
+    with contextlib.suppress(torch.OutOfMemoryError):
         eager = Transformer(config, layers, eager_ops(recipe.attention))
-        inputs = [Inputs.of(eager, Tokens(*size)) for size in sizes]
-        results: list[Tensor | None] = [each.denoise(eager) for each in inputs]
-    except torch.OutOfMemoryError:
-        inputs = [Inputs.of(Network(config, layers), Tokens(*size)) for size in sizes]
-        results = [None] * len(inputs)
-    # The engine comes next and needs the room; only this function held eager's weights.
+        for size in sizes:
+            inputs = Inputs.of(eager, size)
+            cases.append(Case(inputs, inputs.denoise(eager), LIMITS[engine.subject.precision]))
+        del eager
     gc.collect()
-    torch.cuda.empty_cache()
-    return list(zip(inputs, results, strict=True))
+    torch.cuda.empty_cache()  # the engine comes next, by another allocator
+    if len(cases) < len(sizes):
+        alone = Network(config, layers)
+        cases += [Case(Inputs.of(alone, size)) for size in sizes[len(cases) :]]
+    return cases
 
 
 # --- one engine -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """What an engine is to make: `want` of the inputs, nearer than `limit`; None where nothing can say."""
+
+    inputs: Inputs
+    want: Tensor | None = None
+    limit: float | None = None
 
 
 def check(
@@ -237,30 +253,29 @@ def check(
     config: FluxConfig,
     layers: Mapping[str, Any],
     scratch: Scratch,
-    inputs: Inputs,
-    want: Tensor | None,
-    limit: float | None,
-) -> EngineVerdict:
-    """Load an engine, make two images, compare, and time it."""
-    row = replace(row, tokens=f"{inputs.txt.shape[1]}+{inputs.img.shape[1]}")
+    cases: Sequence[Case],
+) -> Iterator[EngineVerdict]:
+    """Load an engine; of each case make two images, compare, and time a step."""
     try:
         start = time.perf_counter()
-        model = EngineTransformer(config, layers, engine, supply(engine, layers), scratch)
-        load = time.perf_counter() - start
-        first = seconds(lambda: inputs.step(model, 0, inputs.img))
-        one, two = inputs.denoise(model), inputs.denoise(model)
-        step = statistics.median(seconds(lambda: inputs.step(model, 0, inputs.img)) for _ in range(RUNS))
+        session = open_session(engine, supply(engine, layers), scratch=scratch)
+        model = EngineTransformer(config, layers, engine, session)
+        row = replace(row, load_seconds=time.perf_counter() - start)
+        for case in cases:
+            inputs = case.inputs
+            row = replace(row, tokens=f"{inputs.txt.shape[1]}+{inputs.img.shape[1]}", limit=case.limit)
+            step = partial(inputs.step, model, 0, inputs.img)
+            first = seconds(step)
+            one, two = inputs.denoise(model), inputs.denoise(model)
+            yield replace(
+                row,
+                error=None if case.want is None else relative(one, case.want),
+                repeated=torch.equal(one, two) and bool(one.isfinite().all()),
+                first_seconds=first,
+                step_seconds=statistics.median(seconds(step) for _ in range(RUNS)),
+            )
     except (SessionError, StoreError) as error:
-        return replace(row, failed=str(error))
-    return replace(
-        row,
-        error=None if want is None else relative(one, want),
-        limit=limit,
-        repeated=torch.equal(one, two) and bool(one.isfinite().all()),
-        load_seconds=load,
-        first_seconds=first,
-        step_seconds=step,
-    )
+        yield replace(row, failed=str(error))
 
 
 @dataclass(frozen=True)
@@ -335,6 +350,7 @@ def report(verdicts: Sequence[EngineVerdict], machine: Mapping[str, str]) -> str
     for v in verdicts:
         if v.refused or v.failed:
             what = f"**FAILED**: {v.failed}" if v.failed else f"not run: {v.refused}"
+            what = " ".join(what.split()).replace("|", "/")
             lines.append(f"| {v.key} {v.model} | {v.precision} | {v.weights} | {what} | | | | | | |")
             continue
         error = "no room for eager" if v.error is None else f"{v.error:.2e}"

@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 
-from fluxkiln import engine, verify_engines
+from fluxkiln import engine, sampling, verify_engines
 from fluxkiln.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from fluxkiln.cli import main
 from fluxkiln.config import FluxConfig
@@ -26,8 +27,9 @@ from fluxkiln.engines.store import PLAN, Manifest, Store, Stored, StoreError, re
 from fluxkiln.kernels import Binding
 from fluxkiln.kernels.recipe import RECIPES, Recipe
 from fluxkiln.quantize import Layers
+from fluxkiln.transformer import Transformer
 
-from parity import SMALL, random_tensors
+from parity import SMALL, random_tensors, relative
 
 pytest.importorskip("tensorrt_rtx", reason="builds an engine: pip install 'fluxkiln[trt]'")
 
@@ -180,6 +182,36 @@ def test_the_plan_says_what_the_build_found(built: Store) -> None:
     fallen = replace(manifest, structure=fell)
     assert engine.describe(fallen, "double_blocks.0.qkv", "qkv_rope", 7) == Binding("trt", "bf16+fp8", 7)
     assert engine.describe(fallen, "double_blocks.0.proj", "linear_gate_residual", 7) == Binding("trt", "fp8", 7)
+
+
+@torch.no_grad()
+def test_a_step_hands_the_graph_what_it_reads(built: Store, models: Path, tmp_path: Path) -> None:
+    """onnxruntime in the engine's place, with the same graph in fp32: names, order, positions and batches are right.
+
+    It says nothing of TensorRT.
+    """
+    model = checkpoint(models)
+    folder = tmp_path / "onnx"
+    assert main(["export", "--model", str(model.path), "--precision", "fp32", "-o", str(folder)]) == 0
+    graph = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    batches = []
+
+    def session(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        batches.append(len(inputs["hidden_states"]))
+        (latent,) = graph.run(None, {name: value.numpy() for name, value in inputs.items()})
+        return {"latent": torch.from_numpy(latent)}
+
+    layers = Layers(model, RECIPES["fp32"], CPU, torch.float32)
+    by_graph = engine.EngineTransformer(SMALL, layers, only(built), session)
+    g = torch.Generator().manual_seed(0)
+    img, txt, pooled = (torch.randn(shape, generator=g) for shape in ((3, 256, 16), (3, 5, 48), (3, 24)))
+    timestep, guidance = torch.tensor([0.25, 0.5, 1.0]), torch.tensor([3.5, 1.0, 7.0])
+    img_ids, txt_ids = sampling.positions(16, 16), torch.zeros(3, 5, 3)
+    call = (img, txt, pooled, timestep, guidance, img_ids, txt_ids)
+    assert relative(by_graph(*call), Transformer(SMALL, layers)(*call)) < 5e-6
+    assert batches == [1, 1, 1]  # the engine was built for one image
+    with pytest.raises(ValueError, match=r"takes 256 to 256 image tokens .*, got 255: `fluxkiln build --model"):
+        by_graph(img[:, 1:], *call[1:5], img_ids[1:], txt_ids)
 
 
 def test_positions_are_those_of_one_image() -> None:
