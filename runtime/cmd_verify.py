@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
         print()
     elif wrong:
         print(
-            f"{len(wrong)} of {len(verdicts)} are more than {SLACK:g} times as wrong as eager: do not trust them here"
+            f"{len(wrong)} of {len(verdicts)} are more than {SLACK:g} times as wrong as eager and this GPU's FP8 sums: "
+            "do not trust them here"
         )
     else:
         ran = sum(verdict.refused is None for verdict in verdicts)

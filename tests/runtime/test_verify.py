@@ -1,5 +1,6 @@
 """`fluxkiln verify` and `fluxkiln quantize` as a user runs them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from fluxkiln.cli import main
 from fluxkiln.config import FluxConfig, scaled_axes
 from fluxkiln.kernels import linear_gelu, registry
 from fluxkiln.kernels.formats import Fp8, Nvfp4
+from fluxkiln.kernels.layers import Streams
 from fluxkiln.verify import SMALL, Verdict
 
 from parity import random_tensors
@@ -62,6 +64,24 @@ def test_what_was_refused_does_not_fail():
     assert Verdict("linear", "nvfp4", "triton", refused="no such GPU").passed
     assert Verdict("linear", "bf16", "triton", error=2e-3, eager_error=1.1e-3).passed
     assert not Verdict("linear", "bf16", "triton", error=2.3e-3, eager_error=1.1e-3).passed
+
+
+def test_what_the_tensor_cores_lose_in_a_sum_is_allowed_for(monkeypatch):
+    assert verify.lost_in_sums(3072, CPU) == 0
+    monkeypatch.setattr(verify, "lost_in_sums", lambda k, device: 1e-6 * k)
+    sums = {(op, format): verify.sums_of(args) for op, format, args in verify.cases(SMALL, CPU)}
+    longest = {"qkv_rope": 128, "linear_gelu": 128, "linear_gate_residual": 384, "linear": 128}
+    assert {op: value for (op, format), value in sums.items() if value} == pytest.approx(
+        {op: 1e-6 * k for op, k in longest.items()}
+    )
+    assert all(format == "fp8" for (_, format), value in sums.items() if value)
+    args = next(
+        args for op, format, args in verify.cases(SMALL, CPU) if (op, format) == ("linear_gate_residual", "fp8")
+    )
+    promoted = Streams(dataclasses.replace(linear, accumulate="promote128") for linear in args[1])
+    assert verify.sums_of((args[0], promoted)) == pytest.approx(1e-6 * 128)
+    assert Verdict("linear", "fp8", "triton", error=4e-3, eager_error=1.1e-3, sums=1e-3).passed
+    assert not Verdict("linear", "fp8", "triton", error=4.3e-3, eager_error=1.1e-3, sums=1e-3).passed
 
 
 @pytest.mark.parametrize(("options", "format"), [([], "fp8"), (["--precision", "nvfp4", "--rank", "16"], "nvfp4")])
