@@ -53,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
     for arch in args.arch:
         if reason := refuse(args.precision, arch, installed):
             raise ValueError(reason)
-    weights = args.weights or ("inside" if args.part.startswith("vae") else "refit")
-    if weights == "refit" and args.part.startswith("vae"):
+    convolutions = args.part.startswith("vae")
+    weights = args.weights or ("inside" if convolutions else "refit")
+    if convolutions and weights == "refit":
         raise ValueError(f"the {args.part} has its weights inside: TensorRT takes those of convolutions no other way")
     exported = export(args.model, args.part, args.precision, args.form, args.recipe)
     traced = exported.traced
@@ -65,13 +66,9 @@ def run(args: argparse.Namespace) -> int:
     for note in exported.notes:
         say(note)
     if free is not None and need > free:
+        other = ": build with --weights refit, which needs a fraction" if args.weights == "inside" else ""
         raise MemoryError(
-            f"the build needs up to {need / GIB:.1f} GiB of memory and {free / GIB:.1f} GiB are free"
-            + (
-                ""
-                if weights == "refit" or "vae" in args.part
-                else ": build with --weights refit, which needs a fraction"
-            )
+            f"the build needs up to {need / GIB:.1f} GiB of memory and {free / GIB:.1f} GiB are free{other}"
         )
     store, results = Store(args.store), []
     for arch in args.arch:
