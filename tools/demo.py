@@ -6,6 +6,7 @@ python tools/demo.py FOLDER
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from PIL import Image, ImageDraw
 
 import fluxkiln
 
-PROMPT = "a large red circle in the center of a blue background"
+PROMPT = "a medium red circle in the center of a blue background"
 EDIT = "make the circle yellow"
-MASKED = "a small green square in the top left of a blue background"
+MASKED = "add a small green square in the top left corner"
+SIDE, GAP, LINE = 256, 8, 14  # pixels: of a picture, between two, and of a line of text
 
 
 def main(folder: Path) -> None:
@@ -28,22 +30,26 @@ def main(folder: Path) -> None:
     ImageDraw.Draw(mask).rectangle((0, 0, picture.width // 2 - 1, picture.height // 2 - 1), fill=255)
     masked = pipe(MASKED, image=picture, mask_image=mask, seed=7).images[0]
 
-    captions = {"prompt": PROMPT, "edit": EDIT, "masked edit": MASKED}
-    for (name, text), image in zip(captions.items(), (picture, edited, masked), strict=True):
+    made = {"prompt": (PROMPT, picture), "edit": (EDIT, edited), "masked edit": (MASKED, masked)}
+    for name, (text, image) in made.items():
         path = folder / f"{name.replace(' ', '-')}.png"
         image.save(path)
         print(f"{name:12} {text!r} -> {path}")
-    sheet = contact_sheet([picture, edited, mask.convert("RGB"), masked], ["prompt", "edit", "mask", "masked edit"])
-    sheet.save(folder / "sheet.png")
+    white = ("mask", ("white is repainted", mask.convert("RGB")))
+    contact_sheet([*list(made.items())[:2], white, *list(made.items())[2:]]).save(folder / "sheet.png")
     print(f"{pipe.summary()}; all of it took {time.perf_counter() - start:.1f} s")
     print(f"look at {folder / 'sheet.png'}")
 
 
-def contact_sheet(images: list[Image.Image], names: list[str], side: int = 256, text: int = 18) -> Image.Image:
-    sheet = Image.new("RGB", (side * len(images), side + text), "white")
-    for i, (image, name) in enumerate(zip(images, names, strict=True)):
-        sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (i * side, text))
-        ImageDraw.Draw(sheet).text((i * side + 4, 3), name, fill="black")
+def contact_sheet(columns: list[tuple[str, tuple[str, Image.Image]]]) -> Image.Image:
+    """Pictures side by side, each under its name and what was asked for."""
+    top = 3 * LINE + GAP
+    sheet = Image.new("RGB", (len(columns) * (SIDE + GAP) + GAP, top + SIDE + GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (name, (text, image)) in enumerate(columns):
+        x = GAP + i * (SIDE + GAP)
+        pen.text((x, GAP // 2), "\n".join([name, *textwrap.wrap(text, SIDE // 6)]), fill="black")
+        sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.NEAREST), (x, top))
     return sheet
 
 

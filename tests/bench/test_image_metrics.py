@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from fluxkiln.bench import metrics
+from fluxkiln.bench.shapes_scene import Background, Scene, Thing, draw
+
+LOOKS = (("star", "red"), ("cross", "orange"))
 
 
 @pytest.fixture
@@ -57,6 +60,14 @@ def test_flip_knows_its_ends(pair: tuple[np.ndarray, np.ndarray]) -> None:
 
 def test_flip_sees_less_from_afar(pair: tuple[np.ndarray, np.ndarray]) -> None:
     assert metrics.flip(*pair, per_degree=120) < metrics.flip(*pair, per_degree=30)
+
+
+@pytest.mark.parametrize(("per_degree", "expected"), [(67.0, 0.1001867), (30.0, 0.0881512)])
+def test_flip_as_nvidias_evaluator_has_it(per_degree: float, expected: float) -> None:
+    """Expected from flip-evaluator 1.7, in fp32, for the same two pictures."""
+    scenes = (Scene(Background("plain", "blue"), (Thing.of(*look, "large"),)) for look in LOOKS)
+    a, b = (np.asarray(draw(scene, 96, 64)) for scene in scenes)
+    assert metrics.flip(a, b, per_degree) == pytest.approx(expected, abs=2e-7)
 
 
 @pytest.mark.parametrize(

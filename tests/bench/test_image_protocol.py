@@ -1,0 +1,101 @@
+"""The whole protocol on the bundled model, with very few steps and pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fluxkiln.bench import image, suite
+from fluxkiln.bench.fidelity import read
+
+RUN = ["--steps", "2", "--limit", "1", "--device", "cpu"]
+FEW = [*RUN, "--category", "single", "move"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eager in bf16."""
+    out = tmp_path_factory.mktemp("runs") / "bf16"
+    assert image.main([*FEW, "--backend", "eager", "--gpu-hour-price", "3.6", "--out", str(out)]) == 0
+    return out
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_run_says_how_it_can_be_repeated(reference: Path) -> None:
+    found = results(reference)
+    record, rows = found["record"], found["items"]
+    assert record["backend"] == "eager"
+    assert {"torch", "fluxkiln"} <= record["versions"].keys()
+    assert all(len(part["identity"]) == 64 for part in record["parts"])
+    made = [json.loads(line) for line in (reference / "made.jsonl").read_text().splitlines()]
+    assert [entry["key"] for entry in made] == [row["key"] for row in rows]
+    prompt, edit = (entry["record"]["request"] for entry in made)
+    assert prompt["seeds"] == [suite.load("shapes")[0].number]
+    assert len(prompt["schedule"]) == 3
+    assert len(edit["pictures"][0]["sha256"]) == 64
+    for entry in made:
+        timings = entry["record"]["timings"]
+        parts = [*(timings[name] for name in ("text", "encode", "modulate", "decode")), *timings["steps"]]
+        assert all(seconds > 0 for seconds in parts)
+        assert sum(parts) <= timings["total"]
+    latency = found["latency"]
+    assert latency["cost_per_image"] == pytest.approx(latency["total"] * 0.001)
+
+
+def test_fidelity_comes_with_its_noise_floor_and_step_errors(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("diffusers")
+    floor, out = tmp_path / "diffusers", tmp_path / "fp8"
+    assert image.main([*FEW, "--peer", "diffusers", "--out", str(floor)]) == 0
+    capsys.readouterr()
+    options = ["--reference", str(reference), "--floor", str(floor), "--step-errors", "2", "--out", str(out)]
+    assert image.main([*FEW, "--precision", "fp8", "--backend", "eager", *options]) == 0
+    found = results(out)
+    assert found["fidelity"]["n"] == found["noise_floor"]["n"] == 2
+    # The same noise, sizes and schedule: only roundings differ.
+    assert found["noise_floor"]["psnr"] > 40
+    assert found["fidelity"]["psnr"] < found["noise_floor"]["psnr"]
+    assert 1e-3 < found["step_errors"]["1 steps"] < 0.2
+    printed = capsys.readouterr().out
+    assert "noise_floor: n 2" in printed
+    assert image.SHAPES_NOTE in printed
+
+
+def test_a_peer_run_resumes(reference: Path, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    for _ in range(2):
+        assert image.main([*RUN, "--category", "single", "--peer", "diffusers", "--out", str(tmp_path)]) == 0
+    assert len((tmp_path / "made.jsonl").read_text().splitlines()) == 1
+
+
+def test_other_sizes_and_turns(tmp_path: Path) -> None:
+    options = ["--suite", "shapes-turns", "--category", "turn 1", "turn 2", "--size", "96x64", "--backend", "eager"]
+    assert image.main([*RUN, *options, "--out", str(tmp_path)]) == 0
+    assert {read(path).shape for path in (tmp_path / "images").glob("*.png")} == {(64, 96, 3)}
+    first, second = ((json.loads(line)) for line in (tmp_path / "made.jsonl").read_text().splitlines())
+    assert first["record"]["request"]["pictures"] != second["record"]["request"]["pictures"]
+
+
+def test_ablation_is_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "ablation.json"
+    options = [*RUN, "--category", "single", "--format", "nvfp4", "--device", "cpu", "--backend", "eager"]
+    assert image.main(["ablate", *options, "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == image.SHAPES_NOTE
+    rows = json.loads(out.read_text())["rows"]
+    assert [line[:24].strip() for line in lines[1:-1]] == [row["layers"] for row in rows]
+    assert [row["layers"] for row in rows] == [
+        "unquantised",
+        *("nvfp4 double qkv", "nvfp4 double proj", "nvfp4 double mlp in", "nvfp4 double mlp out"),
+        *("nvfp4 single linear1", "nvfp4 single linear2", "nvfp4 all"),
+    ]
+    errors = [row["one_step_error"] for row in rows[1:]]
+    assert min(errors) > 1e-3  # every row quantises something
+    assert errors[-1] > 0.9 * max(errors)
+    assert all(row["of"] == 1 for row in rows)
