@@ -131,6 +131,29 @@ def test_every_distance_has_its_bucket() -> None:
         assert bucket(distances, buckets, most).tolist() == want.tolist()
 
 
+def test_released_sizes_are_traced_without_weights() -> None:
+    """Every tensor of CLIP-L, T5-XXL and the autoencoder is a parameter exactly once, in its shape."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12)
+    t5 = T5Config(
+        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+    )
+    with torch.device("meta"):
+        clip_state, t5_state = CLIPTextModel(clip).state_dict(), T5EncoderModel(t5).state_dict()
+        vae_state = Autoencoder().state_dict()
+    clip_state = {name.removeprefix("text_model."): t for name, t in clip_state.items() if "position_ids" not in name}
+    del t5_state["encoder.embed_tokens.weight"]  # the same tensor as `shared.weight`
+    halves = (trace_decoder(AutoencoderConfig()), trace_encoder(AutoencoderConfig()))
+    for traced, state in (
+        ({**halves[0].parameters, **halves[1].parameters}, vae_state),
+        (trace_clip(clip).parameters, clip_state),
+        (trace_t5(t5).parameters, t5_state),
+    ):
+        assert {name: p.shape for name, p in traced.items()} == {name: tuple(t.shape) for name, t in state.items()}
+    assert not halves[0].parameters.keys() & halves[1].parameters.keys()
+
+
 def test_other_kinds_are_refused() -> None:
     from transformers import CLIPTextConfig, T5Config
 
