@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 FlavourName = Literal["tensorrt_rtx", "tensorrt"]
 
+FLAVOURS: tuple[FlavourName, ...] = ("tensorrt_rtx", "tensorrt")
 PACKAGE = {"tensorrt_rtx": "pip install 'tensorrt-rtx>=1.7'", "tensorrt": "pip install 'tensorrt>=10.13'"}
 # What TensorRT-RTX can be told to build for: sm -> member of its ComputeCapability.
 RTX_TARGETS = {"sm_75": "SM75", "sm_80": "SM80", "sm_86": "SM86", "sm_89": "SM89", "sm_120": "SM120", "sm_121": "SM121"}
@@ -61,7 +62,7 @@ def flavour(name: FlavourName = "tensorrt_rtx") -> Flavour:
 def installed() -> dict[str, str]:
     """Installed flavour -> version."""
     versions = {}
-    for name in PACKAGE:
+    for name in FLAVOURS:
         try:
             versions[name] = flavour(name).version
         except MissingFlavourError:

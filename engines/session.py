@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxkiln.engines.flavour import Flavour, FlavourName, Log, flavour, log
-from fluxkiln.engines.store import Stored, refit_name
+from fluxkiln.engines.flavour import FLAVOURS, Flavour, FlavourName, Log, flavour, log
+from fluxkiln.engines.store import Stored, StoreError, refit_name
 
 ALIGNMENT = 256  # bytes, of device memory handed to TensorRT
 
@@ -195,7 +195,11 @@ def load(stored: Stored) -> tuple[Any, Any]:
 
 
 def flavour_of(stored: Stored) -> FlavourName:
-    return "tensorrt" if stored.subject.flavour == "tensorrt" else "tensorrt_rtx"
+    """Raises StoreError for one that this version does not know."""
+    for name in FLAVOURS:
+        if name == stored.subject.flavour:
+            return name
+    raise StoreError(f"{stored.folder} is for {stored.subject.flavour}, fluxkiln knows {' and '.join(FLAVOURS)}")
 
 
 @contextlib.contextmanager

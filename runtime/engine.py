@@ -70,12 +70,15 @@ def find(
         return f"an engine runs on an NVIDIA GPU, the model is to run on {device.type}"
     if dtype != torch.bfloat16:
         return f"engines compute in bfloat16, the model's dtype is {str(dtype).removeprefix('torch.')}"
-    from fluxkiln.engines.flavour import PACKAGE, installed
+    from fluxkiln.engines.flavour import PACKAGE, RTX_TARGETS, installed
 
     versions, store = installed(), store or Store(default_root())
     arch = arch or "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     if not versions:
         return f"no TensorRT is installed: {PACKAGE['tensorrt_rtx']}"
+    flag = "" if arch in RTX_TARGETS else " --flavour tensorrt"
+    if flag and "tensorrt" not in versions:
+        return f"TensorRT-RTX makes engines for {', '.join(RTX_TARGETS)}, this GPU is {arch}"
     try:
         candidates = list(store) if engine is None else [_named(store, engine)]
     except StoreError as error:
@@ -85,7 +88,7 @@ def find(
     if not candidates:
         return (
             f"{store.root} has no engine for {arch} and {recipe.name}: "
-            f"`fluxkiln build --model MODEL --precision {recipe.name} --arch {arch}` makes one"
+            f"`fluxkiln build --model MODEL --precision {recipe.name} --arch {arch}{flag}` makes one"
         )
     reasons = {stored.key: _refuse(stored, recipes, identity, arch, versions) for stored in candidates}
     able = [stored for stored in candidates if reasons[stored.key] is None]
@@ -93,7 +96,7 @@ def find(
         try:
             from fluxkiln.export.graph import trace
 
-            graph = digest(trace(config, shadow()).proto)
+            graph = digest(trace(config, shadow(), attention=recipe.attention).proto)
         except ImportError as error:
             return f"finding its engine needs {error.name}, which is not installed: pip install 'fluxkiln[trt]'"
         for stored in able:
@@ -109,6 +112,13 @@ def find(
 def digest(graph: Any) -> str:
     """Of the ONNX that an engine is built from, as in its key."""
     return hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest()
+
+
+def differences(recipe: Recipe) -> tuple[str, ...]:
+    """Where an engine's numbers differ from eager's in the same recipe by rule, a sentence each."""
+    from fluxkiln.export.graph import FP8_ATTENTION
+
+    return (f"an engine differs from eager in {FP8_ATTENTION}",) if recipe.attention == "fp8" else ()
 
 
 def _named(store: Store, engine: str | Path) -> Stored:
@@ -230,7 +240,8 @@ def supply(stored: Stored, tensors: Mapping[str, Any]) -> Iterator[tuple[str, Te
     from fluxkiln.export.weights import values
 
     def parameter(data: dict[str, Any]) -> Parameter:
-        return Parameter(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+        fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in data.items()}
+        return Parameter(**fields)
 
     parameters = {name: parameter(data) for name, data in stored.manifest.parameters.items()}
     # From the CPU: the GPU has room for the engine's own copy, and may not have it for two.

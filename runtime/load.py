@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,8 +84,9 @@ def load_transformer(
     choice = choose(backend, config, recipe, place, dtype, fallback, find)
     model: Network
     if choice.engine is not None:
-        from fluxkiln.engine import EngineTransformer, open_session, supply
+        from fluxkiln.engine import EngineTransformer, differences, open_session, supply
 
+        choice = replace(choice, notices=(*choice.notices, *differences(recipe)))
         # What is quantised is quantised on the GPU; what is not comes from the file as it is.
         weights = supply(choice.engine, layers(place if recipe.rules else "cpu"))
         model = EngineTransformer(config, layers(place), choice.engine, open_session(choice.engine, weights, place))

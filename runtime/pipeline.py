@@ -276,7 +276,8 @@ class Pipeline:
             result = self._decode(tokens, scene, output_type)
             clock.mark("decode")
 
-        timings, memory = clock.timings(self.load_seconds), clock.peak_memory()
+        timings = clock.timings(self.load_seconds)
+        memory = None if record.backend == "trt" else clock.peak_memory()  # torch does not see what an engine takes
         record = replace(record, timings=timings, peak_memory=memory)
         if cache is not None:
             cache.put(record.key, cast(list[Image.Image], result), record)

@@ -149,12 +149,12 @@ def build_trial(
         RefusedError: TensorRT does not build this precision for this architecture; the message says why.
         BuildError, StructureError: it did not build it.
     """
-    from fluxkiln.engines.flavour import PACKAGE, flavour, installed
+    from fluxkiln.engines.flavour import FLAVOURS, flavour, installed
     from fluxkiln.export.build import Profile, build, refuse
     from fluxkiln.export.graph import trace
     from fluxkiln.export.weights import values
 
-    reasons = {name: refuse(precision, arch, flavour(name)) for name in PACKAGE if name in installed()}
+    reasons = {name: refuse(precision, arch, flavour(name)) for name in FLAVOURS if name in installed()}
     name = next((name for name, reason in reasons.items() if reason is None), None)
     if name is None:
         raise RefusedError("; ".join(map(str, reasons.values())))

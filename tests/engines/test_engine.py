@@ -93,8 +93,13 @@ def test_an_engine_that_does_not_fit_says_why(built: Store, models: Path) -> Non
         find(built, model, engine=key[:6], arch="sm_120") == f"engine {key}: it was built for sm_89, this GPU is sm_120"
     )
     assert "it was built by another recipe, in fp8" in str(find(built, model, RECIPES["bf16"], engine=key))
+    narrow = replace(RECIPES["fp8"], attention="fp8")
+    assert "has no engine for sm_89 and fp8" in str(find(built, model, narrow))
+    assert engine.differences(RECIPES["fp8"]) == ()
+    assert "one scale of v for each head" in engine.differences(narrow)[0]
     assert "0 engines in" in str(find(built, model, engine="fffff"))
     assert "has no readable manifest" in str(find(built, model, engine=models))
+    assert str(find(built, model, arch="sm_90")).endswith("sm_120, sm_121, this GPU is sm_90")
     assert find(built, model, arch=None) == "an engine runs on an NVIDIA GPU, the model is to run on cpu"
 
 
