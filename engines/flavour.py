@@ -61,7 +61,7 @@ def flavour(name: FlavourName = "tensorrt_rtx") -> Flavour:
 
 def installed() -> dict[str, str]:
     """Installed flavour -> version."""
-    versions = {}
+    versions: dict[str, str] = {}
     for name in FLAVOURS:
         try:
             versions[name] = flavour(name).version

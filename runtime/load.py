@@ -83,13 +83,13 @@ def load_transformer(
     find = partial(_find, checkpoint, recipe, place, dtype, engine)
     choice = choose(backend, config, recipe, place, dtype, fallback, find)
     model: Network
-    if choice.engine is not None:
+    if (stored := choice.engine) is not None:
         from fluxkiln.engine import EngineTransformer, differences, open_session, supply
 
         choice = replace(choice, notices=(*choice.notices, *differences(recipe)))
         # What is quantised is quantised on the GPU; what is not comes from the file as it is.
-        weights = supply(choice.engine, layers(place if recipe.rules else "cpu"))
-        model = EngineTransformer(config, layers(place), choice.engine, open_session(choice.engine, weights, place))
+        weights = supply(stored, layers(place if recipe.rules else "cpu"))
+        model = EngineTransformer(config, layers(place), stored, open_session(stored, weights, place))
     else:
         assert choice.ops is not None
         model = Transformer(config, layers(place), choice.ops)
