@@ -45,6 +45,18 @@ def latents(pipe: Pipeline, items: Sequence[Item], settings: Settings) -> list[T
     return [output.images[0].double() for output in outputs]
 
 
+class _Ends:
+    """Callback of a pipeline that keeps the latents `[L, C]` after the last step of each picture, in fp64."""
+
+    def __init__(self) -> None:
+        self.latents: list[Tensor] = []
+
+    def __call__(self, step: int, sigma: float, x: Tensor) -> None:
+        if step:
+            self.latents.pop()
+        self.latents.append(x[0].double())
+
+
 def relative_errors(results: Sequence[Tensor], truths: Sequence[Tensor]) -> float:
     """Median of the relative distances in the Euclidean norm."""
     pairs = zip(results, truths, strict=True)
@@ -87,7 +99,7 @@ def ablate(
         tell: gets each row as soon as there is one.
     """
     first, rows = replace(settings, steps=1), list[dict[str, Any]]()
-    one, all_steps = latents(pipe, items, first), latents(pipe, items, settings)
+    one, all_steps = latents(pipe, items, first), list[Tensor]()
     with tempfile.TemporaryDirectory() as scratch:
         truth = Path(scratch) / "unquantised"
         for i, (name, recipe) in enumerate({"unquantised": None, **recipes}.items()):
@@ -97,9 +109,12 @@ def ablate(
                 pipe.transformer = None
                 pipe.transformer = load(recipe)
                 row["one_step_error"] = relative_errors(latents(pipe, items, first), one)
-                row["error"] = relative_errors(latents(pipe, items, settings), all_steps)
-            image.make(pipe, items, folder, settings, progress=False)
-            if recipe is not None:
+            ends = _Ends()
+            image.make(pipe, items, folder, settings, progress=False, callback=ends)
+            if recipe is None:
+                all_steps = ends.latents
+            else:
+                row["error"] = relative_errors(ends.latents, all_steps)
                 row |= fidelity(folder, truth)
             if judged := [verdict for verdict in image.measure(items, folder) if "ok" in verdict]:
                 row |= {"right": sum(verdict["ok"] for verdict in judged), "of": len(judged)}

@@ -35,6 +35,7 @@ from fluxkiln.bench.suite import Item
 
 if TYPE_CHECKING:
     from fluxkiln.pipeline import Output, Pipeline
+    from fluxkiln.sampling import Callback
 
 SHAPES_NOTE = "The shapes model is tiny: what a precision or kernel does to it does not transfer to 12 B parameters."
 DTYPES = ("fp32", "bf16")
@@ -79,10 +80,18 @@ def request(pipe: Pipeline, item: Item, settings: Settings, made: Path | None = 
     )
 
 
-def make(pipe: Pipeline, items: Sequence[Item], folder: Path, settings: Settings, progress: bool = True) -> list[dict]:
+def make(
+    pipe: Pipeline,
+    items: Sequence[Item],
+    folder: Path,
+    settings: Settings,
+    progress: bool = True,
+    callback: Callback | None = None,
+) -> list[dict]:
     """Make each item's picture as `folder/images/ID.png`; return its id, key and record.
 
-    A picture that is there already is made again if anything that can change a byte of it is another now.
+    A picture that is there already is made again if anything that can change a byte of it is another now. `callback`
+    is the pipeline's.
     """
     pictures, log, made = folder / "images", folder / "made.jsonl", dict[str, dict]()
     pictures.mkdir(parents=True, exist_ok=True)
@@ -95,7 +104,7 @@ def make(pipe: Pipeline, items: Sequence[Item], folder: Path, settings: Settings
             planned = request(pipe, item, settings, pictures, dry_run=True)
             if made[item.id]["key"] == planned.record.key:
                 continue
-        out = request(pipe, item, settings, pictures)
+        out = request(pipe, item, settings, pictures, callback=callback)
         partial = path.with_suffix(".writing")
         out.images[0].save(partial, format="PNG")
         partial.replace(path)

@@ -23,7 +23,7 @@ COMMANDS: Table = {
         {
             "kernels": ("fluxkiln.bench.kernels", "time every kernel"),
             "step": ("fluxkiln.bench.step", "time one denoise step and measure its memory"),
-            "image": ("fluxkiln.bench.image", "time a whole image, and measure its distance from the reference"),
+            "image": ("fluxkiln.bench.image", "make the pictures of a suite, judge them, compare runs"),
             "tune": ("fluxkiln.bench.tune", "search launch tables"),
         },
         "measure",

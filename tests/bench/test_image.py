@@ -42,7 +42,7 @@ class Painter:
     def __init__(self, wrong: str = "", version: str = "1") -> None:
         self.wrong, self.version, self.calls = wrong, version, list[dict[str, Any]]()
 
-    def __call__(self, prompt: str, dry_run: bool = False, **options: Any) -> Any:
+    def __call__(self, prompt: str, dry_run: bool = False, callback: object = None, **options: Any) -> Any:
         source = options.pop("image")
         seen = None if source is None else hashlib.sha256(source.tobytes()).hexdigest()
         key = json.dumps([self.version, self.wrong, prompt, seen, options], sort_keys=True)
