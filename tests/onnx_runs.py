@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -32,14 +33,16 @@ def to_numpy(x: torch.Tensor) -> np.ndarray:
     return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
 
 
-def run_onnxruntime(model: onnx.ModelProto, x: dict[str, torch.Tensor]) -> torch.Tensor:
+def run_onnxruntime(model: onnx.ModelProto | Path, x: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of a model in memory, or of a file: protobuf has a limit of 2 GB."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     # Above BASIC, it fuses Q/DQ into products that its CPU has no FP8 form of.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    source = model if isinstance(model, Path) else model.SerializeToString()
+    session = onnxruntime.InferenceSession(source, options, ["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {name: to_numpy(value) for name, value in x.items()})[0])
 
 

@@ -1,0 +1,105 @@
+"""Whole models: exported, held to eager in the same precision, built for every target, checked, stored and valid.
+
+One is the bundled model, the other has FLUX.1's real width with one block of each kind.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx_runs import run_onnxruntime, run_reference
+
+from fluxkiln.checkpoint import open_checkpoint, save_checkpoint
+from fluxkiln.cli import main
+from fluxkiln.config import FluxConfig
+from fluxkiln.engines.flavour import flavour
+from fluxkiln.engines.store import Store, refuse_here
+from fluxkiln.export.cmd_export import MODEL, write
+from fluxkiln.export.graph import trace
+from fluxkiln.export.weights import shadow, values
+from fluxkiln.hub import resolve
+from fluxkiln.kernels.recipe import RECIPES, Recipe
+from fluxkiln.quantize import Layers
+from fluxkiln.transformer import Transformer
+
+from parity import random_tensors, relative
+
+WIDE = FluxConfig(depth=1, depth_single_blocks=1)
+TARGETS = [("bf16", "sm_89"), ("bf16", "sm_120"), ("fp8", "sm_89"), ("fp8", "sm_120"), ("nvfp4", "sm_120")]
+MODELS = ["shapes", pytest.param("wide", marks=pytest.mark.long)]  # half a billion parameters
+
+
+@pytest.fixture(scope="module")
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "shapes":
+        return resolve("shapes", ("transformer",))
+    path = tmp_path_factory.mktemp("wide") / "wide.safetensors"
+    save_checkpoint(path, ((name, tensor.bfloat16()) for name, tensor in random_tensors(WIDE).items()))
+    return path
+
+
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+@pytest.mark.parametrize("precision", ["fp32", "fp8", "nvfp4"])
+@torch.no_grad()
+def test_numbers(model: Path, precision: str, tmp_path: Path, record_property: pytest.RecordProperty) -> None:
+    """With fp32 for all that is not quantised: what is left is the order of sums, and codes at ties that it moves."""
+    checkpoint, high = open_checkpoint(model), torch.float32
+    config, g = checkpoint.config, torch.Generator().manual_seed(0)
+
+    def layers(recipe: Recipe) -> Layers:
+        return Layers(checkpoint, recipe, torch.device("cpu"), high)
+
+    traced = trace(config, shadow(checkpoint, RECIPES[precision], high), high)
+    write(tmp_path / "onnx", traced, values(traced.parameters, layers(RECIPES[precision])))
+    ours = Transformer(config, layers(RECIPES[precision]))
+    x = {
+        "hidden_states": torch.randn(1, 12, config.in_channels, generator=g),
+        "encoder_hidden_states": torch.randn(1, 5, config.context_in_dim, generator=g),
+        "modulation": ours.modulate(
+            torch.randn(1, config.vec_in_dim, generator=g), torch.tensor([0.6]), torch.tensor([3.5])
+        ),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(3.0), torch.arange(4.0)),
+        "txt_ids": torch.zeros(5, 3),
+    }
+    step = (x["hidden_states"], x["encoder_hidden_states"], x["modulation"], ours.rope(x["txt_ids"], x["img_ids"]))
+    want = ours.step(*step)
+    del ours
+    path = tmp_path / "onnx" / MODEL
+    got = run_reference(onnx.load(path), x) if precision == "nvfp4" else run_onnxruntime(path, x)
+    errors = {"same precision": relative(got, want)}
+    if precision != "fp32":
+        errors["fp32"] = relative(got, Transformer(config, layers(RECIPES["fp32"])).step(*step))
+    print(precision, errors)
+    for name, error in errors.items():
+        record_property(f"error to eager, {name}", error)
+    assert errors["same precision"] < (5e-6 if precision == "fp32" else 2e-3)
+
+
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+@pytest.mark.parametrize(("precision", "arch"), TARGETS)
+def test_engines(model: Path, precision: str, arch: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="builds engines: pip install 'fluxkiln[trt]'")
+    assert main(
+        ["build", "--model", str(model), "--precision", precision, "--arch", arch, "--store", str(tmp_path), "--json"]
+    ) == 0  # fmt: skip
+    (stored,) = Store(tmp_path)
+    assert stored.refusal is None
+    assert stored.manifest is not None
+    config = open_checkpoint(model).config
+    double, single = config.depth, config.depth_single_blocks
+    assert (
+        stored.manifest.structure["products"]
+        == {
+            "bf16": {"bf16": 12 * double + 5 * single + 3},
+            "fp8": {"fp8": 12 * double + 6 * single, "bf16": 3},
+            "nvfp4": {"nvfp4": 4 * double + 6 * single, "fp8": 6 * double, "bf16": 2 * double + 3},
+        }[precision]
+    )
+    assert stored.manifest.structure["attentions"] == {"bf16": double + single}
+    assert not stored.manifest.structure["fallen"]
+    versions = {"tensorrt_rtx": flavour().version}
+    assert refuse_here(stored.manifest, arch, versions) is None
+    assert "built for" in (refuse_here(stored.manifest, "sm_86", versions) or "")
