@@ -193,13 +193,16 @@ class EngineTransformer(Network):
             ValueError: more or fewer tokens than the engine takes; the message has the command that builds one.
             SessionError: TensorRT refused.
         """
-        if reason := refuse_tokens(self.manifest, img.shape[1], txt.shape[1]):
+        if reason := self.refuse(img.shape[1], txt.shape[1]):
             raise ValueError(reason)
         most = self.manifest.subject.profile["hidden_states"][2][0]
         txt_ids, img_ids = rope.split((txt.shape[1], img.shape[1]))
         parts = zip(img.split(most), txt.split(most), mods.split(most), strict=True)
         inputs = (dict(zip(INPUTS, (*part, img_ids, txt_ids), strict=True)) for part in parts)
         return torch.cat([self.session(each)["latent"].clone() for each in inputs])
+
+    def refuse(self, image: int, text: int) -> str | None:
+        return refuse_tokens(self.manifest, image, text)
 
     def describe(self, name: str, op: str) -> Binding:
         return describe(self.manifest, name, op, self._calls[name].weights)

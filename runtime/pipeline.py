@@ -22,6 +22,7 @@ ours differ where theirs would surprise:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -252,6 +253,7 @@ class Pipeline:
             ),
         )
         record = self._record(request, notices)
+        self._check_size(scene, texts, length)
 
         if dry_run:
             return Output([], record)
@@ -531,6 +533,14 @@ class Pipeline:
         if texts.negatives is not None and texts.given_negative is None:
             pairs += zip(texts.negatives, texts.negatives_2 or texts.negatives, strict=True)
         return [said for pair in dict.fromkeys(pairs) for said in self.text.cut(*pair, length)]
+
+    def _check_size(self, scene: Scene, texts: Texts, length: int) -> None:
+        """Raise where the backend was built for other sizes, before anything runs."""
+        references = sum(math.prod(_grid(*picture.size)) for picture in scene.references)
+        for given in (texts.given, texts.given_negative):
+            text = length if given is None else given.sequence.shape[1]
+            if reason := self.transformer.refuse(scene.tokens + references, text):
+                raise ValueError(reason)
 
     def _text_length(self, asked: int | None) -> int:
         """Tokens of T5: schnell was trained with half as many as the others."""

@@ -147,6 +147,10 @@ class Network:
         """What runs a call of `step`, by its name and operation in `fluxkiln.workload`."""
         raise NotImplementedError
 
+    def refuse(self, image: int, text: int) -> str | None:
+        """Why `step` cannot take so many image tokens (references included) and text tokens, or None."""
+        return None
+
     def _embed(self, name: str, x: Tensor) -> Tensor:
         inner, outer = self.embedders[name]
         return outer(torch.nn.functional.silu(inner(x)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import fluxkiln
 from fluxkiln import cmd_generate, select
@@ -145,6 +146,18 @@ def test_a_fallback_is_in_the_record(tmp_path: Path) -> None:
     automatic = fluxkiln.Pipeline.from_pretrained("shapes", device="cpu")("a red circle", seed=1, dry_run=True).record
     assert automatic.why == "the only one that can run this here"
     assert automatic.key == record.key  # how a backend was chosen does not decide the bytes
+
+
+def test_a_size_that_the_backend_does_not_take_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipe = fluxkiln.Pipeline.from_pretrained("shapes", device="cpu")
+    asked = []
+    monkeypatch.setattr(pipe.transformer, "refuse", lambda image, text: asked.append((image, text)) or "built for less")
+    photo = Image.new("RGB", (64, 32))
+    with pytest.raises(ValueError, match="built for less"):
+        pipe("a red circle", image=[photo, photo], width=96, height=64, max_sequence_length=24, seed=1, dry_run=True)
+    assert asked == [(6 * 4 + 2 * 6 * 3, 24)]  # the references are seen as 96 x 48
 
 
 def test_repeating_takes_the_recorded_engine(monkeypatch: pytest.MonkeyPatch) -> None:
