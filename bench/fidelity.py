@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,8 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], side: int =
     pen = ImageDraw.Draw(sheet)
     for i, (caption, pictures) in enumerate(rows):
         x, y = i % columns * cell, i // columns * tall
-        width = cell // LETTER - 1
-        pen.text((x + 2, y + 2), caption[:width] + "\n" + caption[width : 2 * width], fill="black")
+        lines = textwrap.wrap(caption, cell // LETTER - 1, max_lines=2, placeholder=" ...")
+        pen.text((x + 2, y + 2), "\n".join(lines), fill="black")
         for j, picture in enumerate(pictures):
             scale = side / max(picture.size)
             size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))

@@ -430,7 +430,12 @@ def _one(
     partial.write_text(json.dumps(results, indent=1) + "\n")
     partial.replace(folder / "results.json")
     if args.sheet:
-        contact_sheet([(item.prompt, _pictures(item, folder, pipe.side)) for item in items]).save(args.sheet)
+        captions = (
+            item.prompt if row.get("ok", True) else f"WRONG {item.prompt}"
+            for item, row in zip(items, rows, strict=True)
+        )
+        pictures = (_pictures(item, folder, pipe.side) for item in items)
+        contact_sheet(list(zip(captions, pictures, strict=True))).save(args.sheet)
     return results
 
 
