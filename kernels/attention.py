@@ -625,7 +625,8 @@ def configurations(arch: int) -> Iterator[Configuration]:
             tile = pick(arch, format, D, L)
             run = launch(q, k, v, out, arch=arch, tile=tile)[1][0]
             name = f"d={D} L={L} split={split} {tile}" + f" -> {result or 'bf16'}" + " norm and rope inside" * inside
-            yield Configuration("attention", format, name, run, INSTRUCTIONS[arch, format], tile.copies)
+            programs = 2 if arch == 90 and tile.warps == 4 else 1
+            yield Configuration("attention", format, name, run, INSTRUCTIONS[arch, format], tile.copies, programs)
 
 
 # --- cost -------------------------------------------------------------------------------------

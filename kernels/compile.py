@@ -66,6 +66,7 @@ class Resources:
     shared_limit: int
     occupancy: int
     instructions: list[str]  # tensor-core mnemonics in the kernel's loops
+    products: int  # how many of them the code has there
     copies: list[str]
     compile_seconds: float
     triton: str
@@ -102,6 +103,7 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
     seconds = time.perf_counter() - start
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     registers, spill = usage(log.getvalue()) or assemble(ptx, arch)  # the log is empty for what was in Triton's cache
+    products = tensor_core_instructions(ptx)
     threads = re.search(r"\.reqntid (\d+)", ptx)  # warp specialisation adds to num_warps
     warps = int(threads[1]) // 32 if threads else compiled.metadata.num_warps
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
@@ -112,7 +114,8 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         shared_bytes=shared,
         shared_limit=limits.shared_limit,
         occupancy=limits.occupancy(registers, warps, shared, tensor_memory),
-        instructions=tensor_core_instructions(ptx),
+        instructions=sorted(set(products)),
+        products=len(products),
         copies=[
             name
             for name, mnemonic in (("cp.async", r"cp\.async\.c[ag]"), ("tma", r"cp\.async\.bulk\.tensor"))
@@ -124,7 +127,7 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
 
 
 def tensor_core_instructions(ptx: str) -> list[str]:
-    """Tensor-core mnemonics inside loops (between a label and a branch back to it), or all if no loop has any."""
+    """Tensor-core mnemonics in loops (between a label and a branch back to it), in order, or all if no loop has any."""
     lines = ptx.splitlines()
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\$\w+):", line))}
     looped: set[int] = set()
@@ -133,7 +136,7 @@ def tensor_core_instructions(ptx: str) -> list[str]:
         if target and labels.get(target[1], i) < i:
             looped.update(range(labels[target[1]], i))
     found = {i: match[1] for i, line in enumerate(lines) if (match := TENSOR_CORE.search(line))}
-    return sorted({name for i, name in found.items() if i in looped} or set(found.values()))
+    return [name for i, name in found.items() if i in looped] or list(found.values())
 
 
 def usage(log: str) -> tuple[int, int] | None:

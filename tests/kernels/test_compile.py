@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from fluxkiln.cli import main
-from fluxkiln.kernels import registry
+from fluxkiln.kernels import registry, resources
 from fluxkiln.kernels.arch import ARCHS, NATIVE, RELATIVE, parse
 from fluxkiln.kernels.compile import Configuration, Resources, compile_launch, tensor_core_instructions
 from fluxkiln.kernels.language import Launch, jit, tl
@@ -113,17 +116,25 @@ def test_compiling_says_when_it_cannot(monkeypatch):
         compile_launch(launch(_squares, 32), 90)
 
 
-@pytest.mark.compiled
-@pytest.mark.parametrize("arch", NATIVE)
-def test_every_shipped_kernel_keeps_its_budget(arch, capsys):
-    """No spills, shared memory within the limit, the planned occupancy, the right instructions, asynchronous copies."""
-    code = main(["kernels", "--arch", f"sm_{arch}", "--json"])
-    rows = json.loads(capsys.readouterr().out)
-    compiled = [row for row in rows if "refused" not in row]
-    assert code == 0, [row for row in compiled if row["broken"]]
-    fields = {field.name for field in dataclasses.fields(Resources)} | {"op", "backend", "format", "config"}
-    for row in compiled:
-        assert fields <= row.keys()
+# --- every shipped kernel ---------------------------------------------------------------------
+
+
+def rows_of(arch: int, configurations) -> list[dict]:
+    """Rows of the table of resources, compiled here."""
+    rows = []
+    for each in configurations:
+        compiled = compile_launch(each.launch, arch)
+        row = {"op": each.op, "format": each.format, "config": each.name, **dataclasses.asdict(compiled)}
+        rows.append(json.loads(json.dumps(row | {"broken": compiled.broken(each)})))
+    return rows
+
+
+def hold(arch: int, rows: list[dict]) -> None:
+    """No spills, shared memory within the limit, planned occupancy, the right instructions, asynchronous copies; and
+    what the table says."""
+    table = resources.rows(resources.PINNED)
+    for row in rows:
+        assert row["broken"] == [], row
         assert row["spill_bytes"] == 0
         assert row["shared_bytes"] <= row["shared_limit"] == ARCHS[arch].shared_limit
         assert row["occupancy"] >= 1
@@ -132,9 +143,84 @@ def test_every_shipped_kernel_keeps_its_budget(arch, capsys):
             assert row["instructions"], row
             assert all(re.match(expected, name) for name in row["instructions"]), row
             assert row["copies"], row
+        known = table[row["arch"], row["op"], row["format"], row["config"]]
+        assert {name: row[name] for name in known} == known
+
+
+def test_the_table_has_what_is_shipped_and_nothing_in_it_spills():
+    """Stale? `fluxkiln.kernels.resources` says how it is written."""
+    shipped = {arch: list(registry.configurations(arch)) for arch in NATIVE}
+    pinned = resources.rows(resources.PINNED)
+    assert pinned.keys() == names(shipped)
+    assert all(row["spill_bytes"] == 0 and row["broken"] == [] for row in pinned.values())
+    largest = {arch: resources.hungriest(arch, found) for arch, found in shipped.items()}
+    for version in resources.OTHERS:
+        assert resources.rows(version).keys() == names(largest)
+
+
+def names(configurations: dict) -> set[tuple[str, ...]]:
+    return {(str(ARCHS[arch]), c.op, c.format, c.name) for arch, found in configurations.items() for c in found}
+
+
+def test_the_hungriest_is_the_one_that_takes_the_most_registers():
+    shipped = list(registry.configurations(90))
+    chosen = resources.hungriest(90, shipped)
+    assert len(chosen) == len({(c.op, c.format) for c in shipped})
+    table = {key[1:]: row["registers"] for key, row in resources.rows(resources.PINNED).items() if key[0] == "sm_90"}
+    for c in chosen:
+        assert table[c.op, c.format, c.name] == max(n for name, n in table.items() if name[:2] == (c.op, c.format))
+    unknown = dataclasses.replace(chosen[0], name="one more")
+    assert unknown in resources.hungriest(90, [*shipped, unknown])
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("arch", NATIVE)
+def test_the_hungriest_keep_their_budget(arch):
+    hold(arch, rows_of(arch, resources.hungriest(arch, registry.configurations(arch))))
+
+
+@pytest.mark.long
+@pytest.mark.compiled
+@pytest.mark.parametrize("arch", NATIVE)
+def test_every_shipped_kernel_keeps_its_budget(arch, capsys):
+    code = main(["kernels", "--arch", f"sm_{arch}", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    compiled = [row for row in rows if "refused" not in row]
+    assert code == 0, [row for row in compiled if row["broken"]]
+    fields = {field.name for field in dataclasses.fields(Resources)} | {"op", "backend", "format", "config"}
+    assert all(fields <= row.keys() for row in compiled)
+    hold(arch, compiled)
     shipped = {(row["op"], row["format"].split()[0]) for row in compiled}
     for op in MULTIPLY:
         for format in MMA[arch]:
             assert (op, format) in shipped or (op, format) == ("attention", "nvfp4")
     assert {(row["op"], row["format"]) for row in rows if "refused" in row}.isdisjoint(shipped)
     assert len(compiled) == sum(1 for _ in registry.configurations(arch))
+
+
+@pytest.mark.long
+@pytest.mark.compiled
+@pytest.mark.parametrize("version", resources.OTHERS)
+def test_the_table_holds_for_another_triton(version, tmp_path):
+    """3.6.0 is what torch 2.11 brings. The package comes from pip, into a folder of this test."""
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        tmp_path,
+        f"triton=={version}",
+    ]
+    installed = subprocess.run(install, capture_output=True, text=True)
+    if installed.returncode:
+        pytest.skip(f"pip has no Triton {version} here: {installed.stderr.strip().splitlines()[-1]}")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-P", "-m", "fluxkiln.kernels", *(f"sm_{arch}" for arch in NATIVE), "--hungriest"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    table = resources.rows(version)
+    for row in map(json.loads, found.splitlines()):
+        known = table[row["arch"], row["op"], row["format"], row["config"]]
+        assert {name: row[name] for name in known} == known
