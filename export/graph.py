@@ -587,9 +587,13 @@ def modulation_of(
 ) -> Value:
     """All modulation vectors `[B, M, D]`, as `Transformer.modulate` has them."""
 
+    def linear(x: Value, layer: Linear) -> Value:  # no product that a recipe could quantise
+        y = ops.multiply(x, ops.parameter(layer, "weight", layer.weight))
+        return graph.op("Add", y, ops.parameter(layer, "bias", layer.bias))
+
     def embed(name: str, x: Value) -> Value:
         inner, outer = model.embedders[name]
-        return ops.product((graph.silu(ops.product((x,), inner)),), outer)
+        return linear(graph.silu(linear(x, inner)), outer)
 
     def sinusoidal(t: Value) -> Value:
         half = TIME_EMBED_DIM // 2
@@ -607,7 +611,7 @@ def modulation_of(
         vec = graph.op("Add", vec, embed("guidance", sinusoidal(guidance)))
     pooled = graph.op("Unsqueeze", pooled, graph.integers([1]))
     vec = graph.silu(graph.op("Add", vec, embed("vector", pooled)))
-    rows = graph.concat([ops.product((vec,), linear) for linear in model.modulations], axis=-1)
+    rows = graph.concat([linear(vec, layer) for layer in model.modulations], axis=-1)
     return graph.reshape(rows, (0, -1, model.config.hidden_size))
 
 
