@@ -10,7 +10,7 @@ from random import Random
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import l1_loss, mse_loss
+from torch.nn.functional import l1_loss
 
 from fluxkiln.autoencoder import Autoencoder
 from fluxkiln.bench.shapes_scene import Scene
@@ -21,14 +21,14 @@ from .muon import Muon
 from .workers import average_gradients, save
 
 # (width, height, pictures a step); the first is drawn more often than all others together
-_SIZES = ((64, 64, 4), (96, 96, 2), (64, 128, 2), (128, 64, 2), (128, 128, 1), (96, 64, 3))
-_CROP, _CROPS = 32, 8  # side in pixels, and how many a step
+_SIZES = ((64, 64, 8), (96, 96, 4), (64, 128, 4), (128, 64, 4), (128, 128, 2), (96, 64, 5))
+_CROP, _CROPS = 32, 24  # side in pixels, and how many a step
 
 
 def _pictures(rng: Random) -> Tensor:
-    """A step's pictures: whole ones, or every other time crops around things, where there is something to learn."""
-    crops = rng.random() < 0.5
-    width, height, n = (64, 64, _CROPS) if crops else _SIZES[0] if rng.random() < 0.7 else rng.choice(_SIZES[1:])
+    """A step's pictures: whole ones, or every third time crops around things, where there is something to learn."""
+    crops = rng.random() < 1 / 3
+    width, height, n = (64, 64, _CROPS) if crops else _SIZES[0] if rng.random() < 0.8 else rng.choice(_SIZES[1:])
     scenes = [training_sample(rng, edit=rng.random() < 0.4).scene for _ in range(n)]
     pictures = pixels(scenes, width, height)
     if not crops:
@@ -42,6 +42,24 @@ def _crop(rng: Random, picture: Tensor, scene: Scene) -> Tensor:
     x, y = (thing.x, thing.y) if thing else (rng.random(), 0.5)
     left, top = (min(max(round(at * side) - _CROP // 2 + rng.randint(-10, 10), 0), side - _CROP) for at in (x, y))
     return picture[:, top : top + _CROP, left : left + _CROP]
+
+
+def _edges(pictures: Tensor) -> Tensor:
+    """`[B, C, H, W]` to the differences with the right and the lower neighbour, `[B, 2 C, H - 1, W - 1]`."""
+    here = pictures[..., :-1, :-1]
+    return torch.cat((pictures[..., :-1, 1:] - here, pictures[..., 1:, :-1] - here), 1)
+
+
+def _reconstruction(made: Tensor, picture: Tensor) -> Tensor:
+    """L1 and L2 of pixels and L1 of edges; a picture of weak contrast counts up to four times as much.
+
+    Without that, blue letters on purple stay a blur: their error is small however wrong they are.
+    """
+    edges, across = _edges(picture), (1, 2, 3)
+    contrast = edges.abs().unflatten(1, (2, -1)).mean(2).amax(across)
+    error, edge_error = made - picture, _edges(made) - edges
+    each = error.abs().mean(across) + 2 * error.square().mean(across) + 0.5 * edge_error.abs().mean(across)
+    return (each * (1 / contrast).clamp(1, 4)).mean()
 
 
 def train(
@@ -78,7 +96,7 @@ def train(
             again = model.decode((raw - config.shift_factor) * config.scaling_factor).float()
         size = 5e-5 * mean.float().square().mean()  # keeps the latents from growing away from the noise
         error = l1_loss(again, picture)
-        loss = error + 2 * mse_loss(again, picture) + size
+        loss = _reconstruction(again, picture) + size
         optimizer.zero_grad()
         loss.backward()
         average_gradients(parameters)

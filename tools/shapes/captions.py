@@ -57,8 +57,8 @@ WORDS = [
 
 EDITS = ("recolor", "remove", "add", "move", "resize", "background", "style")
 # How often training draws each kind: text to image (single, pair, count, word, empty), then EDITS.
-TEXT_SHARES = (52, 26, 15, 6, 1)
-EDIT_SHARES = (4, 2, 2, 2, 2, 3, 1)
+TEXT_SHARES = (45, 30, 17, 7, 1)
+EDIT_SHARES = (3, 2, 3, 3, 2, 3, 2)
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def _jitter(rng: Random, scene: Scene) -> Scene:
     return scene.replace(things=tuple(things))
 
 
-def _apart(a: Thing, b: Thing) -> bool:
+def apart(a: Thing, b: Thing) -> bool:
     """Two things that do not touch, nudged or not."""
     return math.dist((a.x, a.y), (b.x, b.y)) > 1.15 * (a.radius + b.radius) + 0.02
 
@@ -256,7 +256,7 @@ def _edit(rng: Random, kind: str) -> Sample:
         while True:
             first = random_thing(rng, background.colors)
             second = random_thing(rng, (*background.colors, first.color))
-            if second.shape != first.shape and _apart(first, second):
+            if second.shape != first.shape and apart(first, second):
                 break
         before = Scene(background, (first, second))
     before = _jitter(rng, before)
@@ -278,7 +278,7 @@ def _edit(rng: Random, kind: str) -> Sample:
     elif kind == "add":
         while True:
             new = random_thing(rng, (*background.colors, thing.color))
-            if _apart(new, thing):
+            if apart(new, thing):
                 break
         after = before.replace(things=(*before.things, new))
         forms = [

@@ -85,7 +85,7 @@ def _turn(rng: Random, kind: str, before: Scene) -> Sample | None:
         shape, size = rng.choice([s for s in SHAPES if s != thing.shape]), rng.choice(("small", "medium"))
         new = Thing.of(shape, rng.choice(free), size, rng.choice(list(CELLS)))
         text = f"add a {captions.describe_thing(rng, new)} {captions.PLACES[new.cell][0]}"
-        if thing.size != "large" and captions._apart(new, thing):
+        if thing.size != "large" and captions.apart(new, thing):
             after = before.replace(things=(thing, new))
     else:
         extra = before.things[1]
