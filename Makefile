@@ -17,7 +17,7 @@ lint: .venv/dev build/links
 	$(BIN)/mypy
 
 long: .venv/dev
-	$(BIN)/python -m pytest -m "long and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "long and not gpu"
 
 # A machine with a GPU brings its own torch and triton and may have no network: nothing is installed, nothing fetched.
 # Each half ends within nine minutes. One that has more to do says so and fails: call it again, it goes on.
