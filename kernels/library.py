@@ -122,7 +122,7 @@ def attention(
     data = values.data if isinstance(values, Values) else values
     o = empty("data" if out is None else "unquantised", (B, L, H * D), v.dtype)
     calls: list[Callable[[], Any]] = [
-        partial(_attend, *(x[i : i + 1] for x in (q, k, data)), o[i : i + 1]) for i in range(B)
+        partial(_attend, q[i : i + 1], k[i : i + 1], data[i : i + 1], o[i : i + 1]) for i in range(B)
     ]
     if out is None:
         return o, calls
