@@ -83,7 +83,8 @@ def _symbol(node: ast.Attribute, config: str, objects: bool) -> str | None:
         rest = names[i + 1 :]
         if name in ("trt", "api") and not rest[0].startswith("__"):
             return ".".join(rest[:2])
-        if objects and (kind := OBJECTS.get(name, config if name == "config" else None)):
+        variable = i == 0 or names[:i] == ["self"]
+        if objects and variable and (kind := OBJECTS.get(name, config if name == "config" else None)):
             return f"{kind}.{rest[0]}"
     return None
 
