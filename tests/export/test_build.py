@@ -23,6 +23,7 @@ BLOCK_PRODUCTS = (
     18  # of one double block (2 x (q, k, v, proj, mlp in, mlp out)) and one single block (q, k, v, mlp, 2 x linear2)
 )
 PROFILE = Profile(image=(16, 64, 128), text=(1, 16, 32))
+USUAL = Profile(image=(256, 4096, 8192))  # where FP8 attention is not taken apart
 
 
 @pytest.mark.parametrize(("precision", "arch"), TARGETS)
@@ -40,6 +41,52 @@ def test_engines_run_what_was_asked_for(precision: str, arch: str, weights: str)
         products = {"bf16": 5, "fp8": 6, "nvfp4": 10}
     assert built.structure.products == products
     assert built.structure.attentions == {"bf16": 2}
+    assert not built.structure.fallen
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_120"])
+@pytest.mark.parametrize("weights", ["inside", pytest.param("refit", marks=pytest.mark.long)])
+def test_fp8_attention_is_one_kernel_in_fp8(arch: str, weights: str) -> None:
+    layers = layers_of(SMALL, RECIPES["fp8"], torch.bfloat16)
+    traced = trace(SMALL, layers, attention="fp8")
+    built = build(traced, arch, USUAL, values(traced.parameters, layers) if weights == "inside" else None)
+    assert built.structure.attentions == {"fp8": 2}
+    assert built.structure.products == {"bf16": 3, "fp8": BLOCK_PRODUCTS}
+
+
+def test_fp8_attention_that_was_taken_apart_is_caught() -> None:
+    """With small sizes TensorRT makes two products and a softmax of it."""
+    layers = layers_of(SMALL, RECIPES["fp8"], torch.bfloat16)
+    traced = trace(SMALL, layers, attention="fp8")
+    with pytest.raises(StructureError, match="attention must be 2 fused kernels, the engine has 0: TensorRT takes FP8"):
+        build(traced, "sm_89", PROFILE, values(traced.parameters, layers))
+
+
+def test_attention_that_fell_back_is_caught() -> None:
+    kernels = [
+        Kernel("_gemm_mha_v2_0", "kgen", ("bf16",), frozenset()),
+        Kernel("_gemm_mha_v2_1", "kgen", ("fp8",), frozenset()),
+    ]
+    assert check(kernels, {}, 2, "fp8").fallen == {"attention": ("fp8", "bf16")}
+    assert not check(kernels[1:], {}, 1, "fp8").fallen
+
+
+@pytest.mark.parametrize("weights", ["inside", pytest.param("refit", marks=pytest.mark.long)])
+def test_compatible_form_is_built(weights: str) -> None:
+    layers = layers_of(SMALL, RECIPES["bf16"], torch.bfloat16)
+    traced = trace(SMALL, layers, form="compatible")
+    built = build(traced, "sm_89", PROFILE, values(traced.parameters, layers) if weights == "inside" else None)
+    assert built.structure.products == {"bf16": 3 + BLOCK_PRODUCTS - 1}
+
+
+@pytest.mark.parametrize(("precision", "arch"), [("fp8", "sm_89"), ("bf16", "sm_120"), ("nvfp4", "sm_120")])
+def test_products_stay_what_they_are_beside_a_lora(precision: str, arch: str) -> None:
+    layers = layers_of(SMALL, RECIPES[precision], torch.bfloat16)
+    traced = trace(SMALL, layers, form="lora")
+    assert len([name for name in traced.inputs if name.endswith(".lora_down")]) == 8 + 2
+    built = build(traced, arch, PROFILE, values(traced.parameters, layers))
+    products = {"bf16": 3 + BLOCK_PRODUCTS - 1} if precision == "bf16" else {"bf16": 3, precision: BLOCK_PRODUCTS}
+    assert built.structure.products == ({"bf16": 5, "fp8": 6, "nvfp4": 10} if precision == "nvfp4" else products)
     assert not built.structure.fallen
 
 
