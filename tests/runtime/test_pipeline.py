@@ -236,22 +236,23 @@ def test_pixels_equal_diffusers(name: str) -> None:
         ("text", 1e-3),
         ("true cfg", 1e-3),
         ("sigmas, schnell", 1e-3),
-        # An autoencoder in bf16 rounds by the order of its sums, which its memory format decides.
-        ("kontext", 0.02),
-        ("image to image", 0.02),
-        ("inpaint", 0.02),
-        ("fill", 0.02),
-        ("control", 0.02),
+        # An autoencoder in bf16 rounds by the order of its sums, and ours sums in another kernel (fused attention).
+        ("kontext", 0.04),
+        ("image to image", 0.04),
+        ("inpaint", 0.04),
+        ("fill", 0.04),
+        ("control", 0.04),
     ],
 )
 @pytest.mark.usefixtures("no_kontext_sizes")
 def test_bf16_follows_diffusers(name: str, tolerance: float) -> None:
-    """Closer than to fp32: both round at the same places on the way, the timestep first of all."""
+    """Both round at the same places on the way, the timestep first of all; and ours is no further from fp32."""
     ours, theirs = run_both(CASES[name], torch.bfloat16, "latent")
     exact, _ = run_both(CASES[name], torch.float32, "latent")
     assert ours.dtype == torch.bfloat16
     assert relative(ours, theirs) < tolerance
     assert relative(ours, exact) > 0.015
+    assert relative(ours, exact) < 1.5 * relative(theirs, exact)
 
 
 def test_batches_of_prompts_and_seeds_equal_diffusers() -> None:
