@@ -425,7 +425,7 @@ def _near(found: Found, thing: Thing) -> bool:
 def _related(relation: str, a: Found, b: Found) -> bool:
     dx, dy = b.x - a.x, b.y - a.y
     if relation == "inside":
-        return bool((a.mask & ~b.mask).sum() <= 0.05 * a.mask.sum()) and a.mask.sum() < b.mask.sum()
+        return bool((a.mask & ~b.mask).sum() <= 0.05 * a.mask.sum() and a.mask.sum() < b.mask.sum())
     across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[relation]
     return across[0] > 0.2 and abs(across[1]) < 0.15
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from random import Random
 
@@ -25,8 +26,11 @@ def _accepts(sample: captions.Sample, scene: Scene, size: tuple[int, int]) -> bo
     """Whether a picture of `scene` passes for what `sample` asks for."""
     pixels = _pixels(scene, *size)
     if sample.before is None:
-        return shapes_judge.judge(pixels, sample.scene).ok
-    return shapes_judge.judge_edit(_pixels(sample.before, *size), pixels, sample.before, sample.scene).ok
+        verdict = shapes_judge.judge(pixels, sample.scene)
+    else:
+        verdict = shapes_judge.judge_edit(_pixels(sample.before, *size), pixels, sample.before, sample.scene)
+    json.dumps(verdict.checks)  # they are written to the results: NumPy's truth values cannot be
+    return verdict.ok
 
 
 def _sample(rng: Random, kind: str) -> captions.Sample:
