@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw
 
 import fluxkiln
 
-PROMPT = "a medium red circle in the center of a blue background"
-EDIT = "make the circle yellow"
-MASKED = "add a small green square in the top left corner"
+PROMPT = "a medium green star on the left of a white background"
+EDIT = "move the star to the right"
+MASKED = "add a small blue circle at the top right"
 SIDE, GAP, LINE = 256, 8, 14  # pixels: of a picture, between two, and of a line of text
 
 
@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
     picture = pipe(PROMPT, seed=7).images[0]
     edited = pipe(EDIT, image=picture, seed=7).images[0]
     mask = Image.new("L", picture.size, 0)
-    ImageDraw.Draw(mask).rectangle((0, 0, picture.width // 2 - 1, picture.height // 2 - 1), fill=255)
+    ImageDraw.Draw(mask).rectangle((picture.width // 2, 0, picture.width, picture.height // 2 - 1), fill=255)
     masked = pipe(MASKED, image=picture, mask_image=mask, seed=7).images[0]
 
     made = {"prompt": (PROMPT, picture), "edit": (EDIT, edited), "masked edit": (MASKED, masked)}

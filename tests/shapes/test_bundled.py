@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer
 import fluxkiln
 from fluxkiln import Pipeline
 from fluxkiln.autoencoder import load_autoencoder
-from fluxkiln.bench import suite
+from fluxkiln.bench import shapes_judge, suite
 from fluxkiln.checkpoint import open_checkpoint
 
 FOLDER = Path(fluxkiln.__file__).parent / "models" / "shapes"
@@ -140,3 +141,21 @@ def test_fp8_files_draw_what_their_values_do(native: dict[str, torch.Tensor], tm
     drawn = picture(transformer=tmp_path / "fp8.safetensors")
     np.testing.assert_array_equal(drawn, picture(transformer=tmp_path / "values.safetensors"))
     assert np.any(drawn != picture())
+
+
+def test_the_encoders_name_their_tokenizers() -> None:
+    for tokenizer, part in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        shipped = hashlib.sha256((FOLDER / tokenizer / "tokenizer.json").read_bytes()).hexdigest()
+        assert json.loads((FOLDER / part / "config.json").read_text())["tokenizer_sha256"] == shipped
+
+
+def test_it_draws_what_it_is_told() -> None:
+    """A dozen held-out prompts for one thing: under wrong tokenizers or damaged weights hardly one is right."""
+    pipe = Pipeline.from_pretrained("shapes", backend="eager", device="cpu")
+    items = [item for item in suite.load("shapes") if item.category == "single"][:12]
+    right = 0
+    for item in items:
+        out = pipe(item.prompt, seed=item.number, num_inference_steps=12, progress=False)
+        assert item.scene is not None
+        right += shapes_judge.judge(np.asarray(out.images[0]), item.scene).ok
+    assert right >= 8
