@@ -175,7 +175,7 @@ class Session:
             )
 
     def _dtype(self, name: str) -> torch.dtype:
-        return {"FLOAT": torch.float32, "BF16": torch.bfloat16, "HALF": torch.float16}[
+        return {"FLOAT": torch.float32, "BF16": torch.bfloat16, "HALF": torch.float16, "INT64": torch.int64}[
             self._engine.get_tensor_dtype(name).name
         ]
 
