@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def read_jobs(path: Path) -> list[dict[str, Any]]:
         OSError: the file cannot be read.
     """
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # not splitlines: a text may hold U+2028 and the like
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
     read = _request if path.suffix.lower() == ".jsonl" else lambda line, _: {"prompt": line.strip()}
@@ -91,7 +92,7 @@ def read_jobs(path: Path) -> list[dict[str, Any]]:
 def _request(line: str, where: str) -> dict[str, Any]:
     try:
         request = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(request, dict) or "prompt" not in request:
         raise ValueError(f'{where}: expected an object with a prompt, like {{"prompt": "a fox", "seed": 7}}')
@@ -101,6 +102,12 @@ def _request(line: str, where: str) -> dict[str, Any]:
         if not isinstance(value, FIELDS[name]) or isinstance(value, bool):
             wanted = " or ".join(kind.__name__ for kind in FIELDS[name])
             raise ValueError(f"{where}: {name} must be {wanted}, got {value!r}")
+        members = (str,) if name == "image" else (int, float)
+        if isinstance(value, list) and not all(isinstance(v, members) and not isinstance(v, bool) for v in value):
+            wanted = "file names" if name == "image" else "numbers"
+            raise ValueError(f"{where}: {name} must be a list of {wanted}, got {value!r}")
+    if re.search("[\ud800-\udfff]", json.dumps(request, ensure_ascii=False)):
+        raise ValueError(f"{where}: not text: it holds half a character (a lone surrogate)")
     return request
 
 
@@ -115,13 +122,16 @@ class Results:
         self.path = path
         self._done: set[str] = set()
         text = path.read_text("utf-8", errors="replace") if path.exists() else ""
-        for line in text.splitlines():
+        for line in text.split("\n"):
             try:
                 result = json.loads(line)
             except json.JSONDecodeError:  # the run was killed within this line
                 continue
-            if isinstance(result, dict) and "path" in result and (path.parent / result["path"]).exists():
-                self._done.add(result["job"])
+            if not isinstance(result, dict):
+                continue
+            job, image = result.get("job"), result.get("path")
+            if isinstance(job, str) and isinstance(image, str) and (path.parent / image).exists():
+                self._done.add(job)
         self._unfinished_line = bool(text) and not text.endswith("\n")
 
     def __contains__(self, job: Job) -> bool:

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
-        args = _parser(argv).parse_args(argv)
+        args = _parse(argv)
         return args.run(args)
     except SystemExit as stop:  # argparse has said what was wrong, or printed help
         return stop.code if isinstance(stop.code, int) else 1
@@ -69,6 +69,17 @@ def sentence(error: Exception) -> str:
     if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and str(error):
         return str(error)
     return f"unexpected {type(error).__name__}: {error}; run the command with --debug for where it happened"
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments, the prompt wherever it stands: argparse gives an optional word up at the first option before it."""
+    parser = _parser(argv)
+    args, rest = parser.parse_known_args(argv)
+    if len(rest) == 1 and rest[0].isprintable() and rest[0][:1] != "-" and getattr(args, "prompt", "") is None:
+        args.prompt, rest = rest[0], []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

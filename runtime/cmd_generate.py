@@ -119,8 +119,8 @@ def run(args: argparse.Namespace) -> int:
     template = output_template(args)
     metadata.check_template(template)
     jobs = list(jobs_of(args))
-    folder = _writable_folder(template)
-    results = Results(folder / "results.jsonl") if args.prompts and not args.dry_run else None
+    folder = None if args.dry_run else _writable_folder(template)
+    results = Results(folder / "results.jsonl") if args.prompts and folder else None
     if results is not None:
         _say(f"{sum(job in results for job in jobs)} of {len(jobs)} images are in {results.path} already")
         jobs = [job for job in jobs if job not in results]
@@ -164,7 +164,8 @@ def repeat(args: argparse.Namespace) -> int:
     name = f"{args.repeat.stem}-repeated{args.repeat.suffix}"
     template = args.output or name.replace("{", "{{").replace("}", "}}")
     metadata.check_template(template)
-    _writable_folder(template)
+    if not args.dry_run:
+        _writable_folder(template)
     pipe = open_pipeline(args, record)
     _say_choice(pipe)
     now = pipe(**arguments, dry_run=True).record
@@ -275,23 +276,24 @@ def _recorded_model(args: argparse.Namespace, record: Record | None) -> str:
 
 def _recorded_pictures(args: argparse.Namespace, record: Record) -> dict[str, Any]:
     """The pictures that the recorded call was given: those named now, else those of the recorded names."""
-    from PIL import Image
-
+    from fluxkiln.images import open_picture
     from fluxkiln.record import pixel_digest
 
+    named = list(args.image or [])
     given = {
-        "image": list(args.image or []),
-        "reference": list(args.image or []),
+        "image": named,
+        "reference": named,
         "mask": [args.mask] if args.mask else [],
         "control": [args.control_image] if args.control_image else [],
     }
     found: dict[str, list[str]] = {}
     for picture in record.request.pictures:
         path = given[picture.role].pop(0) if given[picture.role] else _beside(args.repeat, picture)
-        with Image.open(path) as image:
-            if pixel_digest(image) != picture.sha256:
-                raise ValueError(f"{path} is not the {picture.role} picture that {args.repeat} was made from")
+        if pixel_digest(open_picture(path, picture.role)) != picture.sha256:
+            raise ValueError(f"{path} is not the {picture.role} picture that {args.repeat} was made from")
         found.setdefault(picture.role, []).append(str(path))
+    if unused := [path for paths in given.values() for path in paths]:
+        raise ValueError(f"{args.repeat} was not made from {unused[0]}: leave it out")
     arguments: dict[str, Any] = {"mask_image": found.get("mask"), "control_image": found.get("control")}
     arguments = {name: paths[0] for name, paths in arguments.items() if paths}
     images = [*found.get("image", []), *found.get("reference", [])]
@@ -306,7 +308,7 @@ def _beside(image: Path, picture: Picture) -> Path:
         if picture.name and (folder / picture.name).is_file():
             return folder / picture.name
     name = picture.name or "given in memory"
-    raise FileNotFoundError(f"{image} was made from a {picture.role} picture ({name}): name it with {option}")
+    raise FileNotFoundError(f"{image} needs its {picture.role} picture ({name}): name it with {option}")
 
 
 def _only_repeat(args: argparse.Namespace) -> None:
@@ -382,6 +384,8 @@ def _say(text: str) -> None:
 def _cache(args: argparse.Namespace) -> ImageCache | None:
     if args.cache is None:
         return None
+    if args.cache.exists() and not args.cache.is_dir():
+        raise ValueError(f"--cache: {args.cache} is no folder")
     from fluxkiln.cache import ImageCache
 
     return ImageCache(args.cache, args.cache_size)
@@ -393,7 +397,13 @@ def _bytes(text: str) -> int:
     unit = text.upper()[len(number) :]
     if unit not in UNITS:
         raise argparse.ArgumentTypeError(f"a size is like 500MB or 2GB, got {text!r}")
-    return int(float(number) * UNITS[unit])
+    try:
+        size = int(float(number) * UNITS[unit])
+    except (ValueError, OverflowError):  # no number, or an infinite one
+        size = -1
+    if size < 0:
+        raise argparse.ArgumentTypeError(f"a size is like 500MB or 2GB, got {text!r}")
+    return size
 
 
 def _writable_folder(template: str) -> Path:

@@ -112,4 +112,12 @@ def _find(
 
 
 def default_device(device: torch.device | str | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device asked for, or the first GPU, or the CPU.
+
+    Raises:
+        ValueError: a GPU that torch does not see.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {place}: torch sees {torch.cuda.device_count()} CUDA GPUs here")
+    return place

@@ -197,6 +197,8 @@ class Pipeline:
             sampling.Cancelled: the callback asked for it.
         """
         clock, notices = Clock(self.device), list(self.notices)
+        if not math.isfinite(true_cfg_scale):
+            raise ValueError(f"true_cfg_scale must be finite, got {true_cfg_scale}")
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type must be one of {', '.join(get_args(OutputType))}, got {output_type!r}")
 

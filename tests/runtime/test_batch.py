@@ -27,6 +27,10 @@ def test_a_text_file_has_a_prompt_on_each_line(tmp_path: Path) -> None:
 def test_a_jsonl_file_has_a_request_on_each_line(tmp_path: Path) -> None:
     requests = [{"id": 7, "prompt": "a\nb", "seed": 1, "guidance_scale": [3, 2.5]}, {"prompt": ""}]
     assert read_jobs(write(tmp_path / "p.jsonl", *map(json.dumps, requests))) == requests
+    separated = {"prompt": "a line\u2028and\u0085another\U0001f98a"}
+    for ascii_only in (True, False):
+        path = write(tmp_path / "p.jsonl", json.dumps(separated, ensure_ascii=ascii_only))
+        assert read_jobs(path) == [separated]
 
 
 @pytest.mark.parametrize(
@@ -39,6 +43,12 @@ def test_a_jsonl_file_has_a_request_on_each_line(tmp_path: Path) -> None:
         ('{"prompt": "a", "seed": "7"}', "line 2: seed must be int, got '7'"),
         ('{"prompt": "a", "seed": true}', "line 2: seed must be int, got True"),
         ('{"prompt": ["a"]}', "line 2: prompt must be str"),
+        ('{"prompt": "a", "sigmas": [1, null]}', "line 2: sigmas must be a list of numbers"),
+        ('{"prompt": "a", "guidance_scale": ["a"]}', "line 2: guidance_scale must be a list of numbers"),
+        ('{"prompt": "a", "image": [1]}', "line 2: image must be a list of file names"),
+        ('{"prompt": "a\\ud800"}', "line 2: not text"),
+        pytest.param('{"prompt": "a", "seed": ' + "9" * 5000 + "}", "line 2: not JSON", id="long"),
+        pytest.param('{"prompt": ' + "[" * 100_000, "line 2: not JSON", id="deep"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -83,7 +93,7 @@ def test_digests_tell_jobs_apart_by_what_is_asked_for() -> None:
 
 def test_a_run_goes_on_where_it_broke_off(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    first, second, third, fourth = jobs([{"prompt": p} for p in "abcd"])
+    first, second, third, fourth = jobs([{"prompt": p} for p in ("a\u2028", "b", "c", "d")])
     results = Results(path)
     for job in (first, second):
         image = tmp_path / f"{job.name}.png"
@@ -91,6 +101,7 @@ def test_a_run_goes_on_where_it_broke_off(tmp_path: Path) -> None:
         results.add(job, image, seed=7)
     results.add(third, error="no")
     with path.open("a") as file:
+        file.write('[1]\n{"path": "1.png"}\n{"job": "x", "path": 5}\n')  # not ours
         file.write('{"job": "' + fourth.digest)  # killed within the line
     (tmp_path / "2.png").unlink()
 
@@ -99,8 +110,8 @@ def test_a_run_goes_on_where_it_broke_off(tmp_path: Path) -> None:
     (tmp_path / "4.png").write_bytes(b"x")
     again.add(fourth, tmp_path / "4.png", seed=7)
     assert fourth in Results(path)
-    assert json.loads(path.read_text().splitlines()[0]) == {
-        "job": first.digest, "name": "1", "prompt": "a", "seed": 7, "path": "1.png"
+    assert json.loads(path.read_text("utf-8").split("\n")[0]) == {
+        "job": first.digest, "name": "1", "prompt": "a\u2028", "seed": 7, "path": "1.png"
     }  # fmt: skip
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     assert first in Results(moved / "results.jsonl")

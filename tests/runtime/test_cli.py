@@ -154,6 +154,10 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
         (["generate", "a", "--vae", "y"], 1, "single files need --transformer FILE"),
         (["generate", "a", "--width", "8"], 1, "8"),
         (["generate", "a", "--seed", "-1"], 1, "-1"),
+        (["generate", "a", "--true-cfg-scale", "nan", "--negative-prompt", "b"], 1, "true_cfg_scale must be finite"),
+        (["generate", "a", "--cache-size", "inf"], 2, "a size is like 500MB or 2GB, got 'inf'"),
+        (["generate", "a", "--cache-size=-1GB"], 2, "a size is like 500MB or 2GB, got '-1GB'"),
+        (["generate", "a", "--cache", __file__], 1, "test_cli.py is no folder"),
         (["generate", "--from", "absent.png"], 1, "absent.png: No such file or directory"),
         (["edit", "absent.png", "a"], 1, "absent.png"),
         (["info", "absent.png"], 1, "absent.png: No such file or directory"),
@@ -272,6 +276,9 @@ def test_dry_run_runs_nothing(opened: Any, capsys: pytest.CaptureFixture[str]) -
     assert "28 steps" in said
     assert "a-fox-7.png" in said
     assert list(Path().iterdir()) == []
+    assert main(["generate", "a fox", "--seed", "7", "--dry-run", "-o", "new/a.png"]) == 0
+    assert list(Path().iterdir()) == []
+    capsys.readouterr()
     assert main(["generate", "a fox", "--seed", "7", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"][0]["record"]["timings"] is None
 
@@ -352,6 +359,15 @@ def test_edit(opened: Any) -> None:
     assert b"compositeWithTrainedAlgorithmicMedia" in Path("a.png").read_bytes()
 
 
+def test_the_prompt_may_stand_after_options(opened: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["edit", photo("photo.png"), "--steps", "2", "a fox", "-o", "a.png"]) == 0
+    assert main(["generate", "--steps", "2", "a fox", "-o", "b.png"]) == 0
+    assert metadata.read("a.png").prompt == metadata.read("b.png").prompt == "a fox"
+    assert main(["edit", "photo.png", "--steps", "2", "a", "fox"]) == 2
+    assert "unrecognized arguments: a fox" in capsys.readouterr().err
+    assert main(["edit", "photo.png", "a fox", "--step"]) == 2
+
+
 def test_edit_inside_a_mask_keeps_the_rest(opened: Any) -> None:
     photo("photo.png")
     mask = np.zeros((64, 64), np.uint8)
@@ -391,11 +407,25 @@ def test_from_finds_the_pictures_and_checks_them(opened: Any, capsys: pytest.Cap
     Path("sub/other.png").rename("moved.png")
     capsys.readouterr()
     assert main(["generate", "--from", "sub/a.png"]) == 1
-    assert "reference picture (other.png): name it with --image" in capsys.readouterr().err
+    assert "sub/a.png needs its reference picture (other.png): name it with --image" in capsys.readouterr().err
     assert main(["generate", "--from", "sub/a.png", "--image", "sub/photo.png", "--image", "moved.png"]) == 0
     assert np.array_equal(pixels("sub/a.png"), pixels("a-repeated.png"))
     assert main(["generate", "--from", "sub/a.png", "--image", "moved.png"]) == 1
     assert "moved.png is not the reference picture" in capsys.readouterr().err
+    named = ["generate", "--from", "sub/a.png", "--image", "sub/photo.png", "--image"]
+    Path("cut.png").write_bytes(Path("moved.png").read_bytes()[:200])
+    assert main([*named, "cut.png"]) == 1
+    assert "reference: cut.png is damaged or cut short" in capsys.readouterr().err
+    assert main([*named, "moved.png", "--image", "cut.png"]) == 1
+    assert "sub/a.png was not made from cut.png: leave it out" in capsys.readouterr().err
+
+
+def test_from_finds_image_and_reference_of_a_masked_edit(opened: Any) -> None:
+    pictures = [photo("photo.png"), "--mask", photo("mask.png", seed=2), "--reference", photo("other.png", seed=1)]
+    assert main(["edit", *pictures, "a", "-o", "a.png", "--steps", "2"]) == 0
+    named = ["--image", "photo.png", "--image", "other.png", "--mask", "mask.png"]
+    assert main(["generate", "--from", "a.png", *named, "-o", "b.png"]) == 0
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
 
 
 def test_from_says_what_is_not_as_recorded(opened: Any, tiny: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from fluxkiln.config import DEV
 from fluxkiln.engines.store import Stored
 from fluxkiln.kernels import EAGER, RefusedError, registry
 from fluxkiln.kernels.recipe import RECIPES, Recipe
+from fluxkiln.load import default_device
 from fluxkiln.measurements import keep, local_folder
 from fluxkiln.plan import plan_of
 from fluxkiln.record import Part, Record
@@ -205,3 +206,8 @@ def test_fp8_attention_shows_in_the_plan() -> None:
     model = fluxkiln.load_transformer("shapes", precision="fp8", recipe=recipe, backend="eager", device="cpu")
     attention = [layer for layer in plan_of(model) if layer.op == "attention"]
     assert {(layer.format, layer.emulated) for layer in attention} == {("fp8", True)}
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"device cuda:99: torch sees \d+ CUDA GPUs here"):
+        default_device("cuda:99")
