@@ -93,7 +93,8 @@ class Kind:
 
     def refusal(self, path: Path, part: Part) -> CheckpointError:
         """The sentence for a file that does not hold the part it was given as."""
-        advice = self.advice or f"pass it as {'one of those' if len(self.parts) > 1 else next(iter(self.parts))}"
+        own = "one of those" if len(self.parts) > 1 else next(iter(self.parts), "")
+        advice = self.advice or f"pass it as {own}, and {PARTS[part]} as {part}"
         return CheckpointError(f"{path} is {self.what}, not {PARTS[part]}; {advice}")
 
 

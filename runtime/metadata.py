@@ -36,6 +36,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True, "exact": True},
 }
+_MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383}  # pixels that the format can hold
 _SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _EXIF_IFD, _USER_COMMENT, _SOFTWARE = 0x8769, 0x9286, 0x0131
 _UNICODE = b"UNICODE\0"  # EXIF's name for UTF-16
@@ -59,7 +60,7 @@ def save(image: Image.Image, path: str | Path, record: Record | None = None, ove
         the path written.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: another suffix, or a picture too large for the format.
         OSError: the folder cannot be written.
     """
     path = Path(path)
@@ -82,6 +83,8 @@ def save(image: Image.Image, path: str | Path, record: Record | None = None, ove
 
 def encode(image: Image.Image, format: str, record: Record | None = None) -> bytes:
     """An image file as bytes; `format` is PNG, JPEG or WEBP. See `save`."""
+    if max(image.size) > (side := _MAX_SIDE.get(format, max(image.size))):
+        raise ValueError(f"{image.width} x {image.height} pixels, but a {format} file holds {side:,} a side: use .png")
     options = dict(_OPTIONS[format])
     if record is not None:
         record = dataclasses.replace(record, timings=None, peak_memory=None)

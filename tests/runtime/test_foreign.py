@@ -67,7 +67,7 @@ FILES = {
     "llm": (names("model.layers.0.mlp.up_proj.weight"), "is a language model"),
     "unknown": (names("a", "b"), "is no model that is known here"),
     "empty": ({}, "is no model that is known here"),
-    "vae": (names("decoder.conv_in.weight"), "is an autoencoder (VAE), not a FLUX.1 transformer; pass it as vae"),
+    "vae": (names("decoder.conv_in.weight"), "is an autoencoder (VAE), not a FLUX.1 transformer; pass it as vae, and "),
     "clip": (names("text_model.encoder.layers.0.self_attn.q_proj.weight"), "is a CLIP text encoder"),
     "t5": (names("encoder.block.0.layer.0.SelfAttention.q.weight"), "is a T5 text encoder"),
     "bnb-nf4": (
@@ -289,7 +289,8 @@ def test_one_name_in_two_shards(tmp_path):
 @pytest.mark.parametrize("open_part", [open_vae, open_clip, open_t5])
 def test_transformer_as_another_part(tmp_path, open_part):
     save_file(MODEL, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match=r"is a FLUX\.1 transformer, not an? .*; pass it as transformer"):
+    sentence = r"is a FLUX\.1 transformer, not (.*); pass it as transformer, and \1 as "
+    with pytest.raises(CheckpointError, match=sentence):
         open_part(tmp_path / "a.safetensors")
 
 

@@ -259,3 +259,11 @@ def test_name_templates() -> None:
 def test_name_templates_that_are_refused(template: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         metadata.check_template(template)
+
+
+@pytest.mark.parametrize(("name", "side"), [("a.webp", 16_383), ("a.jpg", 65_500)])
+def test_a_picture_too_large_for_its_format_is_refused(tmp_path: Path, name: str, side: int) -> None:
+    metadata.save(Image.new("RGB", (side, 1)), tmp_path / name)
+    with pytest.raises(ValueError, match=f"{side + 1} x 1 pixels, but a .* file holds {side:,} a side: use .png"):
+        metadata.save(Image.new("RGB", (side + 1, 1)), tmp_path / f"large-{name}")
+    assert [file.name for file in tmp_path.iterdir()] == [name]
