@@ -11,6 +11,10 @@ TIME_EMBED_DIM = 256  # width of the sinusoidal embedding of timestep and guidan
 PATCH = 2  # the sampler packs 2x2 latent pixels into one token
 LATENT_SCALE = 8  # pixels per latent pixel
 TOKEN_PIXELS = PATCH * LATENT_SCALE  # pixels per token, along each side
+_COUNTS = (
+    *("in_channels", "out_channels", "hidden_size", "num_heads", "depth", "depth_single_blocks"),
+    *("context_in_dim", "vec_in_dim"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,13 @@ class FluxConfig:
     theta: int = 10_000
 
     def __post_init__(self) -> None:
+        for name in _COUNTS:
+            if type(value := getattr(self, name)) is not int or value < (0 if name.startswith("depth") else 1):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        if sum(self.axes_dim) != self.head_dim or any(a % 2 for a in self.axes_dim):
-            raise ValueError(f"axes_dim {self.axes_dim} must be even and sum to the head dim {self.head_dim}")
+        if len(self.axes_dim) != 3 or sum(self.axes_dim) != self.head_dim or any(a % 2 for a in self.axes_dim):
+            raise ValueError(f"axes_dim {self.axes_dim} must be three, even, and sum to the head dim {self.head_dim}")
 
     @property
     def head_dim(self) -> int:

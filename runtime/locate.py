@@ -102,6 +102,8 @@ def locate(path: str | Path, part: Part) -> Located:
     quantisation = config.get("quantization_config") or {}
     if part not in kind.parts:
         raise kind.refusal(path, part)
+    if not isinstance(quantisation, Mapping):
+        raise CheckpointError(f"{folder / 'config.json'} is corrupt: its quantization_config is {quantisation!r}")
     method = quantisation.get("quant_method")
     if method not in (None, "modelopt"):
         raise CheckpointError(

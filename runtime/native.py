@@ -127,9 +127,30 @@ class Native:
             for name in _TELLING:
                 if name in shapes and (len(shapes[name]) != _TELLING[name] or 0 in shapes[name]):
                     raise ValueError(f"{name} is {list(shapes[name])}, expected {_TELLING[name]} dimensions")
+            if not _TELLING.keys() <= shapes.keys():
+                self.check(FluxConfig.from_shapes(_guesses(shapes) | shapes))  # raises, and tells what else is amiss
             return FluxConfig.from_shapes(shapes)
+        except CheckpointError:
+            raise
         except (ValueError, TypeError, ZeroDivisionError) as error:
             raise CheckpointError(f"{self._path} does not fit a FLUX.1 transformer: {error}") from None
+
+
+def _guesses(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes for the tensors off which the sizes are read, from what the others tell and what is usual."""
+
+    def width(ending: str, usual: int) -> int:
+        return next((shape[-1] for name, shape in shapes.items() if name.endswith(ending) and shape), usual)
+
+    hidden = width("_mod.lin.weight", 3072)
+    return {
+        "img_in.weight": (hidden, 64),
+        "txt_in.weight": (hidden, 4096),
+        "vector_in.in_layer.weight": (hidden, 768),
+        "double_blocks.0.img_attn.norm.key_norm.scale": (width("_norm.scale", 128),),
+        "double_blocks.0.img_mlp.0.bias": (width("_mlp.0.bias", 4 * hidden),),
+        "final_layer.linear.weight": (width("final_layer.linear.bias", 64), hidden),
+    }
 
 
 def _spelled(name: str) -> str:

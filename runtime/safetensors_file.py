@@ -163,7 +163,7 @@ class SafetensorsFile:
             entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
             if not all(isinstance(text, str) for text in metadata.values()):
                 raise ValueError("its metadata holds something other than text")
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise CheckpointError(f"{self.path} is corrupt: its safetensors header is not valid ({error})") from None
         self._check_offsets(entries, 8 + length)
         return entries, metadata

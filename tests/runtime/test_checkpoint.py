@@ -539,6 +539,36 @@ def test_tensors_that_tell_the_sizes_can_be_wrong_too(tmp_path, weights, changes
         open_checkpoint(broken(tmp_path, weights, **changes))
 
 
+def test_what_is_missing_is_listed_even_where_the_sizes_are_read(tmp_path, weights):
+    gone = [
+        "img_in.weight",
+        "vector_in.in_layer.weight",
+        "double_blocks.0.img_mlp.0.bias",
+        "single_blocks.0.linear2.bias",
+    ]
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(broken(tmp_path, weights, **dict.fromkeys(gone)))
+    assert "2 + 1 blocks: 4 missing (img_in.weight, vector_in.in_layer.weight, " in str(error.value)
+    assert "misshapen" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_layers": "2"},
+        {"num_attention_heads": 2.0},
+        {"in_channels": "64"},
+        {"axes_dims_rope": [16, 16]},
+        {"quantization_config": "fp8"},
+    ],
+)
+def test_config_that_makes_no_sense(tmp_path, weights, changes):
+    path = bfl_file(tmp_path, weights, None)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_diffusers() | changes))
+    with pytest.raises(CheckpointError, match=r"does not fit|is corrupt"):
+        open_checkpoint(path)
+
+
 def test_check_against_another_configuration(tmp_path, weights):
     checkpoint = open_checkpoint(bfl_file(tmp_path, weights, None))
     checkpoint.check(CONFIG)

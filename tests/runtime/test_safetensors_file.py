@@ -132,6 +132,7 @@ BAD_HEADERS = {
     "not json": (b'{"x": ', b"", "header is not valid"),
     "not text": (b"\xff\xfe{}", b"", "header is not valid"),
     "a list": (b"[1, 2]", b"", "header is not valid"),
+    "too deep": (b"[" * 50_000 + b"]" * 50_000, b"", "header is not valid"),
     "twice": (b'{"x": {}, "x": {}}', b"", "a name stands twice"),
     "no dtype": ({"x": {"shape": [2], "data_offsets": [0, 8]}}, b"12345678", "header is not valid"),
     "strange dtype": ({"x": X | {"dtype": "F12"}}, b"12345678", "x has the unknown dtype F12"),
