@@ -112,7 +112,7 @@ class TextEncoders:
 
         Args:
             prompt: what CLIP reads, and T5 too unless there is a second.
-            prompt_2: what T5 reads.
+            prompt_2: what T5 reads; `prompt` if it is None or empty, as in diffusers.
             max_sequence_length: tokens of T5, padding included; None is the most.
 
         Returns:
@@ -123,7 +123,7 @@ class TextEncoders:
             ValueError: more tokens than the encoder takes, or none.
         """
         length = self._length(max_sequence_length)
-        key = (prompt, prompt if prompt_2 is None else prompt_2, length)
+        key = (prompt, prompt_2 or prompt, length)
         if key not in self._known:
             pooled = self._clip.run(self._clip.tokens(key[0], self._clip.tokenizer.model_max_length)).pooler_output
             sequence = self._t5.run(self._t5.tokens(key[1], length)).last_hidden_state
