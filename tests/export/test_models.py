@@ -66,6 +66,8 @@ def test_numbers(model: Path, precision: str, tmp_path: Path, record_property: p
     }
     step = (x["hidden_states"], x["encoder_hidden_states"], x["modulation"], ours.rope(x["txt_ids"], x["img_ids"]))
     want = ours.step(*step)
+    img, txt = (tokens * (1 + 1e-5 * torch.randn(tokens.shape, generator=g)) for tokens in step[:2])
+    nudged = ours.step(img, txt, *step[2:])
     del ours
     path = tmp_path / "onnx" / MODEL
     got = run_reference(onnx.load(path), x) if precision == "nvfp4" else run_onnxruntime(path, x)
@@ -75,7 +77,12 @@ def test_numbers(model: Path, precision: str, tmp_path: Path, record_property: p
     print(precision, errors)
     for name, error in errors.items():
         record_property(f"error to eager, {name}", error)
-    assert errors["same precision"] < (5e-6 if precision == "fp32" else 2e-3)
+    allowed = 5e-6 if precision == "fp32" else 2e-3
+    if precision != "fp32" and config == WIDE:
+        # One code that falls the other way moves its row by 1e-3, which moves one code in a hundred of the next layer:
+        # whatever starts it, the difference ends near 1.5 % in FP8 and 5 % in NVFP4, in eager beside itself too.
+        allowed = max(allowed, min(relative(nudged, want), errors["fp32"] / 2))
+    assert errors["same precision"] < allowed
 
 
 @pytest.mark.parametrize("model", MODELS, indirect=True)
