@@ -18,12 +18,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxkiln.kernels.arch import ARCHS, NATIVE
+from fluxkiln.kernels.arch import ARCHS
 from fluxkiln.kernels.compile import Configuration
 
 TABLE = Path(__file__).with_name("resources.json")
 PINNED = "3.7.1"
-OTHERS = {"3.6.0": NATIVE, "3.9.0": (89, 90, 100)}  # the architectures that the table has on other versions
+OTHERS = ("3.6.0", "3.9.0")  # versions of which the table has the hungriest
 KEY = ("triton", "arch", "op", "format", "config")
 FIELDS = (*KEY, "registers", "spill_bytes", "shared_bytes", "occupancy", "instructions", "products", "broken")
 
