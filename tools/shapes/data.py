@@ -82,8 +82,8 @@ class Pool:
         # Not under no_grad, in which the autoencoder would take its pictures one by one.
         return pack(self.autoencoder.encode(pixels(scenes, *self.size)).detach()).to(torch.bfloat16)
 
-    def batch(self, n: int, rng: Random) -> Batch:
-        """`n` random samples, with what teaches guidance mixed in.
+    def batch(self, n: int, rng: Random, believe: bool = False) -> Batch:
+        """`n` random samples, with what teaches guidance mixed in unless every prompt is to be believed.
 
         Guidance is the chance that the prompt is to be believed: below 2, the picture has nothing to do with the
         prompt with probability (1 - guidance / 2)^2, so that 0 ignores the prompt and 2 and above follow it. An empty
@@ -96,7 +96,7 @@ class Pool:
             latents = self.latents[i // self.chunk][i % self.chunk].float()
             guidance = rng.uniform(0, 2) if rng.random() < 0.2 else rng.uniform(2, 6)
             told = self.samples[i]
-            ignore = rng.random() < max(0.0, 1 - guidance / 2) ** 2
+            ignore = not believe and rng.random() < max(0.0, 1 - guidance / 2) ** 2
             if ignore and not self.edit:
                 told = rng.choice(self.samples)
             text = told.caption if self.edit else captions.caption_of(rng, told.scene)

@@ -14,6 +14,22 @@ from torch import Tensor, distributed, nn
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration that sends all singular values to about 1
 _UPDATE_RMS = 0.2
+# What is left to AdamW: embeddings, the first and the last layer.
+_EDGES = (
+    "embedding.weight",
+    "shared.weight",
+    "relative_attention_bias.weight",
+    "img_in/weight",
+    "final_layer/linear/weight",
+)
+
+
+def matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices inside `model`, which Muon is for, and everything else."""
+    hidden, other = [], []
+    for name, p in model.named_parameters():
+        (hidden if p.ndim == 2 and not name.endswith(_EDGES) else other).append(p)
+    return hidden, other
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:

@@ -2,6 +2,7 @@
 
     tokenizers   from the captions' own words
     autoencoder  pictures to 16 channels of whitened latents and back
+    reading      T5 alone: what do the captions say
     denoiser     FLUX.1 transformer, CLIP and T5 together, text to image and edits in every step
     decoder      a last polish with the encoder fixed
 
@@ -27,23 +28,18 @@ from torch.nn.functional import mse_loss
 from fluxkiln.autoencoder import Autoencoder
 
 from . import autoencoder as ae
-from . import plot, workers
+from . import plot, reading, workers
 from .data import Batch, Pool
 from .model import AUTOENCODER, Denoiser, position_ids, save_pipeline, save_tokenizers
-from .muon import Muon
+from .muon import Muon, matrices
 from .workers import average_gradients
 
 SIZES = ((64, 64), (96, 96), (64, 128), (128, 64), (128, 128), (64, 96), (96, 64))
+# Kontext is shown a reference at one of its own sizes: scaled down to 64 px, these are those it can come to.
+EDIT_SIZES = ((64, 64), (48, 80), (80, 48), (48, 96), (96, 48))
 TOKENS = 1536  # per micro-batch, text included
 LEARNING_RATE, WARMUP = 2e-3, 100
-# What Muon leaves to AdamW: embeddings, the first and the last layer, and modulations, whose input is one row an image.
-EDGES = (
-    "embedding.weight",
-    "shared.weight",
-    "relative_attention_bias.weight",
-    "img_in/weight",
-    "final_layer/linear/weight",
-)
+TEACHER_GUIDANCE = 3.5  # any above 2: until then all of these mean the same
 FIRST_CHUNKS, GROW_EVERY = 14, 80  # chunks of 256 at the start, and steps between one more of each kind
 
 
@@ -59,8 +55,14 @@ def times(n: int, noise: torch.Generator) -> Tensor:
     return torch.where(kind < 0.4, 0.8 + 0.2 * start, torch.where(kind < 0.5, anywhere, middle))
 
 
-def velocity_loss(model: Denoiser, batch: Batch, width: int, height: int, noise: torch.Generator) -> Tensor:
-    """Flow matching: the model's velocity against noise - picture at a random time of each row."""
+def velocity_loss(
+    model: Denoiser, batch: Batch, width: int, height: int, noise: torch.Generator, teacher: Denoiser | None = None
+) -> Tensor:
+    """Flow matching: the model's velocity against noise - picture at a random time of each row.
+
+    With a `teacher`, against what classifier-free guidance makes of the teacher's velocities, as FLUX.1 [dev] learned
+    its guidance: the teacher's own at guidance 2, its unconditional one at 0, and beyond them in the same direction.
+    """
     n, length, _ = batch.target.shape
     x1 = torch.randn(batch.target.shape, generator=noise)
     t = times(n, noise)
@@ -74,16 +76,26 @@ def velocity_loss(model: Denoiser, batch: Batch, width: int, height: int, noise:
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         txt, pooled = model.encode(batch.captions)
         velocity = model(img, txt, pooled, t, batch.guidance, ids)[:, :length]
-    return mse_loss(velocity.float(), x1 - batch.target)
+        if teacher is None:
+            return mse_loss(velocity.float(), x1 - batch.target)
+        with torch.no_grad():
+            believed = torch.full_like(batch.guidance, TEACHER_GUIDANCE)
+            told, untold = (
+                teacher(img, *teacher.encode(captions), t, believed, ids).float()
+                for captions in (batch.captions, [""] * n)
+            )
+    return mse_loss(velocity.float(), torch.lerp(untold, told, batch.guidance[:, None, None] / 2))
 
 
-def micro_batches(pools: dict[tuple, Pool], rng: Random, other_sizes: float) -> list[tuple[Batch, int, int]]:
+def micro_batches(
+    pools: dict[tuple, Pool], rng: Random, other_sizes: float, believe: bool
+) -> list[tuple[Batch, int, int]]:
     """Text to image and edits of one step: 64 px, or another size with probability `other_sizes`."""
     result = []
-    for edit in (False, True):
-        width, height = SIZES[0] if rng.random() >= other_sizes else rng.choice(SIZES[1:])
-        tokens = width * height // 256 * (2 if edit else 1) + 32
-        result.append((pools[edit, width, height].batch(max(4, TOKENS // tokens), rng), width, height))
+    for edit, sizes in ((False, SIZES), (True, EDIT_SIZES)):
+        width, height = sizes[0] if rng.random() >= other_sizes else rng.choice(sizes[1:])
+        n = max(4, TOKENS // (width * height // 256 * (2 if edit else 1) + 32))
+        result.append((pools[edit, width, height].batch(n, rng, believe and not edit), width, height))
     return result
 
 
@@ -98,21 +110,22 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = Denoiser(run / "tokenizers")
     parameters = list(model.parameters())
-    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and not name.endswith(EDGES)]
-    optimizer = Muon(hidden, [p for p in parameters if all(p is not h for h in hidden)])
+    optimizer = Muon(*matrices(model))
     average, start, path = [p.detach().clone() for p in parameters], 0, run / "denoiser.pt"
     if path.exists():
         state = torch.load(path)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average, start = state["average"], state["step"]
+    else:
+        model.t5.load_state_dict(torch.load(run / "t5.pt"))
     autoencoder = load_autoencoder(run / "autoencoder.pt")
     pools = {
         (edit, *size): Pool(run / "latents", autoencoder, edit, *size, seed=args.seed * 100 + rank)
-        for edit in (False, True)
-        for size in SIZES
+        for edit, sizes in ((False, SIZES), (True, EDIT_SIZES))
+        for size in sizes
     }
-    began, total = time.time(), 0.0
+    began, total, teacher = time.time(), 0.0, None
     for step in range(start, args.steps):
         for (_, *size), pool in pools.items():
             if tuple(size) == SIZES[0]:
@@ -122,9 +135,12 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
         rng = Random(f"{args.seed} {step} {rank}")
         noise = torch.Generator().manual_seed(rng.getrandbits(62))
         optimizer.zero_grad()
-        batches = micro_batches(pools, rng, 0.3 if step >= args.sizes_from else 0.0)
+        if step >= args.distill_from and teacher is None:
+            teacher = load_denoiser(run, run / f"average-{args.distill_from:06}.pt")
+        batches = micro_batches(pools, rng, 0.3 if step >= args.sizes_from else 0.0, teacher is not None)
         for batch, width, height in batches:
-            loss = velocity_loss(model, batch, width, height, noise) / len(batches)
+            guide = teacher if batch.reference is None else None
+            loss = velocity_loss(model, batch, width, height, noise, guide) / len(batches)
             loss.backward()
             total += loss.item()
         average_gradients(parameters)
@@ -139,7 +155,7 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
         if done % 50 == 0 or done == args.steps:
             log(run, stage="denoiser", step=done, loss=total / min(50, done - start), seconds=time.time() - began)
             total = 0.0
-        if done % 200 == 0 or done == args.steps:
+        if done % 200 == 0 or done in (args.distill_from, args.steps):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": done}
             workers.save(state, path)
             workers.save(average, run / f"average-{done:06}.pt")
@@ -198,6 +214,10 @@ def main() -> None:
     parser.add_argument(
         "--sizes-from", type=int, default=4_000, help="step from which other sizes than 64 px are mixed in"
     )
+    parser.add_argument(
+        "--distill-from", type=int, default=10_000, help="step from which guidance is learned from the model so far"
+    )
+    parser.add_argument("--reading-steps", type=int, default=1_500)
     parser.add_argument("--autoencoder-steps", type=int, default=6_000)
     parser.add_argument("--polish-steps", type=int, default=2_000, help="of the decoder alone, at the end")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
@@ -207,6 +227,9 @@ def main() -> None:
     if not (args.run / "tokenizers").exists():
         save_tokenizers(args.run / "tokenizers")
     train_autoencoder(args)
+    if not (t5 := args.run / "t5.pt").exists():
+        log_here = partial(log, args.run)
+        workers.run(reading.train, args.workers, args.run, args.run, t5, args.reading_steps, args.seed, log_here)
     workers.run(train_denoiser, args.workers, args.run, args)
     polish_decoder(args)
     model = load_denoiser(args.run, args.run / f"average-{args.steps:06}.pt")

@@ -1,0 +1,97 @@
+"""Training: what captions say, guidance learned from a teacher, and the whole command from nothing to a folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from shapes import captions, data, model, reading, train
+from torch import Tensor
+
+from fluxkiln import Pipeline
+
+TOOLS = Path(train.__file__).parents[1]
+
+
+def test_facts_are_said_and_known() -> None:
+    rng = Random(0)
+    for i in range(2000):
+        sample = data.training_sample(rng, edit=i % 2 == 1)
+        for field, value in reading.facts(sample).items():
+            assert value in reading.FIELDS[field]
+            if field not in ("kind", "relation", "number") and not field.startswith(("letter", "background")):
+                assert value in sample.caption.lower()
+
+
+def test_facts_tell_who_is_what() -> None:
+    rng, pairs = Random(1), []
+    while len(pairs) < 200:
+        sample = captions.text_to_image(rng, "pair")
+        facts = reading.facts(sample)
+        first, second = (sample.caption.lower().find(f"{facts[f'color {i}']} {facts[f'shape {i}']}") for i in range(2))
+        assert 0 <= first < second
+        pairs.append(facts["relation"])
+    assert set(pairs) == set(reading.RELATIONS)
+
+
+def test_a_reader_is_right_only_about_what_is_said() -> None:
+    sample = captions.text_to_image(Random(2), "pair", complete=True)
+    facts = reading.facts(sample)
+    answers = [
+        10
+        * torch.nn.functional.one_hot(torch.tensor([values.index(facts.get(field, values[-1]))]), len(values)).float()
+        for field, values in reading.FIELDS.items()
+    ]
+    loss, right = reading.loss_and_right(answers, [sample])
+    assert right == 1
+    assert loss < 1e-3
+    wrong = list(reading.FIELDS).index("color 1")
+    answers[wrong] = answers[wrong].roll(1, dims=1)
+    assert reading.loss_and_right(answers, [sample])[1] == pytest.approx(1 - 1 / len(facts))
+
+
+class Constant:
+    """A denoiser whose velocity is one number with a prompt and another without."""
+
+    def __init__(self, told: float, untold: float) -> None:
+        self.told, self.untold = told, untold
+
+    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        return torch.tensor([self.told if text else self.untold for text in texts]), torch.zeros(len(texts))
+
+    def __call__(self, img: Tensor, txt: Tensor, *_: Tensor) -> Tensor:
+        return txt[:, None, None].expand(img.shape)
+
+
+def test_guidance_goes_from_unconditional_through_the_teachers_own_and_beyond() -> None:
+    strengths = torch.tensor([0.0, 1.0, 2.0, 3.5, 6.0])
+    for guidance, wanted in zip(strengths, (1.0, 2.0, 3.0, 4.5, 7.0), strict=True):
+        batch = data.Batch(["a red star"], torch.randn(1, 16, 64), None, guidance[None])
+        noise = torch.Generator().manual_seed(0)
+        loss = train.velocity_loss(Constant(wanted, 0.0), batch, 64, 64, noise, Constant(3.0, 1.0))  # type: ignore[arg-type]
+        assert loss < 1e-6
+
+
+@pytest.mark.long  # makes tokenizers, an autoencoder and thousands of latents from nothing
+def test_one_command_trains_resumes_and_writes_a_pipeline(tmp_path: Path) -> None:
+    def command(steps: int) -> None:
+        few = ("--reading-steps", "50", "--autoencoder-steps", "2", "--polish-steps", "2", "--decay", "2")
+        late = ("--steps", str(steps), "--sizes-from", "1", "--distill-from", "2")
+        folders = ("--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"))
+        subprocess.run([sys.executable, "-m", "shapes.train", *folders, *few, *late], cwd=TOOLS, check=True)
+
+    command(3)
+    first = torch.load(tmp_path / "run" / "denoiser.pt")
+    command(4)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if entry["stage"] == "denoiser"] == [3, 4]
+    assert sum(entry["stage"] == "reading" for entry in log) == 1  # not done again
+    last = torch.load(tmp_path / "run" / "denoiser.pt")
+    assert (first["step"], last["step"]) == (3, 4)
+    size = (model.PICTURE, model.PICTURE)
+    assert Pipeline.from_pretrained(tmp_path / "out")("a red star", num_inference_steps=2).images[0].size == size
