@@ -24,7 +24,10 @@ def test_facts_are_said_and_known() -> None:
         sample = data.training_sample(rng, edit=i % 2 == 1)
         for field, value in reading.facts(sample).items():
             assert value in reading.FIELDS[field]
-            if field not in ("kind", "relation", "number") and not field.startswith(("letter", "background")):
+            implied = (
+                field in ("kind", "relation", "number", "background") or value == reading.NOTHING or "letter" in field
+            )
+            if not implied:
                 assert value in sample.caption.lower()
 
 
@@ -35,6 +38,11 @@ def test_facts_tell_who_is_what() -> None:
         facts = reading.facts(sample)
         first, second = (sample.caption.lower().find(f"{facts[f'color {i}']} {facts[f'shape {i}']}") for i in range(2))
         assert 0 <= first < second
+        if facts["relation"] != "inside":
+            row = ("left", "right") if facts["relation"] in ("left of", "right of") else ("top", "bottom")
+            there = row if facts["relation"] in ("left of", "above") else row[::-1]
+            assert [facts[f"{cell}: shape"] for cell in there] == [facts[f"shape {i}"] for i in range(2)]
+            assert [facts[f"{cell}: color"] for cell in there] == [facts[f"color {i}"] for i in range(2)]
         pairs.append(facts["relation"])
     assert set(pairs) == set(reading.RELATIONS)
 

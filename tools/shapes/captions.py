@@ -57,8 +57,8 @@ WORDS = [
 
 EDITS = ("recolor", "remove", "add", "move", "resize", "background", "style")
 # How often training draws each kind: text to image (single, pair, count, word, empty), then EDITS.
-TEXT_SHARES = (45, 30, 17, 7, 1)
-EDIT_SHARES = (3, 2, 3, 3, 2, 3, 2)
+TEXT_SHARES = (27, 45, 15, 12, 1)
+EDIT_SHARES = (4, 3, 2, 2, 2, 4, 4)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fluxkiln.bench.shapes_scene import CELLS, COLORS, FONT, RELATIONS, SHAPES, SIZES, STYLES
+from fluxkiln.bench.shapes_scene import CELLS, COLORS, FONT, RELATIONS, SHAPES, SIZES, STYLES, Thing
 
 from . import captions
 from .data import training_sample
@@ -26,6 +26,8 @@ from .workers import average_gradients, save
 BATCH = 128  # captions of a step and worker
 LEARNING_RATE = 2e-3
 _THING = {"shape": SHAPES, "color": COLORS, "size": SIZES, "style": STYLES, "cell": CELLS}
+NOTHING = "nothing"
+HALVES = 8  # columns of half a letter, across the picture
 FIELDS: dict[str, tuple[str, ...]] = {
     "kind": ("single", "pair", "count", "word", "empty", *captions.EDITS),
     **{f"{field} {i}": tuple(values) for i in range(2) for field, values in _THING.items()},
@@ -34,7 +36,10 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "relation": RELATIONS,
     "number": ("2", "3", "4"),
     "word": tuple(COLORS),
-    **{f"letter {i}": tuple(FONT) for i in range(4)},
+    # What is where, as whoever paints a part of the picture will ask.
+    **{f"{cell}: shape": (*SHAPES, NOTHING) for cell in CELLS},
+    **{f"{cell}: color": tuple(COLORS) for cell in CELLS},
+    **{f"letter at {i}": (*FONT, NOTHING) for i in range(HALVES)},
 }
 
 
@@ -43,13 +48,16 @@ def facts(sample: captions.Sample) -> dict[str, str]:
     scene, before, kind = sample.scene, sample.before, sample.kind
     said = sample.caption.lower()
     if before is None:
-        things = scene.things[: 1 if kind == "count" else 2]
+        things = dict(enumerate(scene.things[: 1 if kind == "count" else 2]))
     else:
-        things = (before.things[0], scene.things[-1 if kind == "add" else 0]) if kind != "remove" else before.things[:1]
+        things = {} if kind == "add" else {0: before.things[0]}
+        if kind != "remove":
+            things[1] = scene.things[-1 if kind == "add" else 0]
     found = {"kind": kind}
-    for i, thing in enumerate(things):
-        found |= {f"{field} {i}": value for field in _THING if (value := getattr(thing, field)) in said}
-    if (before is None or kind == "background") and "background" in said:
+    for i, thing in things.items():
+        fields = _THING if before is None or i else ("shape", "color")
+        found |= {f"{field} {i}": value for field in fields if (value := getattr(thing, field)) in said}
+    if (before is None or kind == "background") and ("background" in said or "gradient" in said):
         found["background"] = scene.background.kind
         found |= {f"background {i}": color for i, color in enumerate(scene.background.colors)}
     if kind == "pair":
@@ -57,7 +65,33 @@ def facts(sample: captions.Sample) -> dict[str, str]:
     if kind == "count":
         found["number"] = str(len(scene.things))
     if kind == "word":
-        found |= {"word": scene.word_color or "", **{f"letter {i}": c for i, c in enumerate(scene.word or "")}}
+        word = scene.word or ""
+        first = HALVES // 2 - len(word)
+        found |= {"word": scene.word_color or ""}
+        found |= {
+            f"letter at {i}": word[(i - first) // 2] if first <= i < first + 2 * len(word) else NOTHING
+            for i in range(HALVES)
+        }
+    return found | _layout(sample, said)
+
+
+def _layout(sample: captions.Sample, said: str) -> dict[str, str]:
+    """Shape and colour in each cell, if the caption settles them; of an edit, where something is added or moved to."""
+    scene, kind = sample.scene, sample.kind
+    if kind in ("add", "move"):
+        things: tuple[Thing, ...] = (scene.things[-1 if kind == "add" else 0],)
+        cells = [things[0].cell]
+    elif kind in ("pair", "count") or (
+        kind == "single" and any(p in said for p in captions.PLACES[scene.things[0].cell])
+    ):
+        things, cells = scene.things, list(CELLS)
+    else:
+        return {}
+    found = {f"{cell}: shape": NOTHING for cell in cells}
+    for thing in things[::-1]:  # the inner one of two last: it is the one that is seen
+        found[f"{thing.cell}: shape"] = thing.shape
+        if thing.color in said:
+            found[f"{thing.cell}: color"] = thing.color
     return found
 
 
