@@ -7,8 +7,9 @@
                                                     eager, compiled, the library's FP8, diffusers
 
 Every row is written as JSON as soon as it is known. A half that runs out of time says so with exit code 3 and goes on
-where it stopped when it is called again; exit code 1 says that a proof or a kernel failed. Needs torch and triton
-only, no network and no installed diffusers; `--tiny` rehearses all of it on a CPU.
+where it stopped when it is called again; exit code 1 says that a proof or a kernel failed. A kernel that faults, or
+never ends, costs its own row: a fresh process goes on with the next. Needs torch and triton only, no network and no
+installed diffusers; `--tiny` rehearses all of it on a CPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,14 +38,14 @@ from fluxkiln import verify, workload
 from fluxkiln.bench import kernels as bench_kernels
 from fluxkiln.bench.cases import SIZES, everything
 from fluxkiln.bench.kernels import TINY_SIZES, LibraryLinear, Results, identity, line, slug
-from fluxkiln.bench.measure import captured
+from fluxkiln.bench.measure import LOST, captured, lost, watched
 from fluxkiln.bench.step import AGREEMENT, TINY, ByRecipe, RandomWeights, Spec, random_inputs
 from fluxkiln.config import DEV, FluxConfig
 from fluxkiln.kernels import EAGER, Ops, eager_ops, registry
 from fluxkiln.kernels.attention import Values
 from fluxkiln.kernels.formats import Fp8, Nvfp4, Quant
 from fluxkiln.kernels.language import Launch
-from fluxkiln.kernels.layers import Linear
+from fluxkiln.kernels.layers import Linear, Projection, QKNorm, Streams
 from fluxkiln.kernels.recipe import RECIPES, Recipe
 from fluxkiln.transformer import Transformer
 from fluxkiln.workload import Tokens
@@ -156,10 +159,12 @@ class _Step:
     @property
     def model(self) -> Transformer:
         if self._model is None:
-            from fluxkiln.kernels.backend import triton_ops
+            from fluxkiln.kernels.backend import compile_step, triton_ops
 
             layers = weights(self.config, self.recipe, self.device)
             self._model = Transformer(self.config, layers, triton_ops(self.device, self.recipe.attention))
+            if self.device.type == "cuda":
+                compile_step(self._model, self.tokens.batch, self.tokens.text, self.tokens.image)
         return self._model
 
     def inputs(self) -> dict[str, Tensor]:
@@ -212,6 +217,8 @@ class _Step:
         if self.device.type != "cuda":
             return f"{len(planned)} launches planned, nothing to profile on a CPU"
         ran = [name for name, _ in profiled(lambda: self.model.step(**x))]
+        if not ran:
+            raise RuntimeError("torch's profiler sees nothing here: this user may not read the GPU's counters (CUPTI)")
         found = [name for name in ran if name in set(planned)]
         if found != planned:
             raise AssertionError(f"planned {Counter(planned)}, ran {Counter(found)}, or in another order")
@@ -243,19 +250,24 @@ def profiled(run: Callable[[], Any]) -> list[tuple[str, float]]:
 def prove(device: torch.device, results: Results, tiny: bool, deadline: float) -> bool:
     """Run the proofs that `results` lacks; True if none is left."""
     for name, proof in proofs(device, tiny):
-        if results.has(kind="proof", name=name, passed=True):
+        if results.has(kind="proof", name=name, passed=True) or results.has(kind="proof", name=name, final=True):
             continue
         if time.monotonic() > deadline:
             return False
         start = time.perf_counter()
-        try:
-            row = {"passed": True, "found": proof()}
-        except Exception as failure:  # the other proofs and the timings are worth having all the same
-            row = {"passed": False, "found": f"{type(failure).__name__}: {failure}"[:2000]}
-            traceback.print_exc()
-        row = {"kind": "proof", "name": name, **row, "seconds": round(time.perf_counter() - start, 2)}
+        row: dict[str, Any] = {"kind": "proof", "name": name, "passed": False}
+        with watched(device, lambda why, row=row: results.add(row | {"found": why, "final": True})):
+            try:
+                row |= {"found": proof(), "passed": True}
+            except Exception as failure:  # the other proofs and the timings are worth having all the same
+                row |= {"found": f"{type(failure).__name__}: {failure}"[:2000]}
+                traceback.print_exc()
+            gone = not row["passed"] and lost(device)
+        row |= {"seconds": round(time.perf_counter() - start, 2)} | ({"final": True} if gone else {})
         results.add(row)
         print(f"{'ok  ' if row['passed'] else 'FAIL'} {name}: {row['found']} ({row['seconds']} s)", flush=True)
+        if gone:
+            os._exit(LOST)
     return True
 
 
@@ -284,23 +296,24 @@ class Contestant:
         return f"{self.size}, {self.who} {self.precision}{attention}" + ", CUDA graph" * self.graph
 
 
+# What matters most first: a half may be cut short. Those that a compiler tunes for minutes come last.
 CONTESTANTS = (
     Contestant("triton", "fp8", "fp8", graph=True),
     Contestant("triton", "bf16", graph=True),
     Contestant("triton", "fp8", graph=True),
     Contestant("eager", "bf16"),
-    Contestant("compiled", "bf16"),
-    Contestant("library compiled", "fp8"),
+    Contestant("library", "fp8"),
     Contestant("triton", "fp8", "fp8"),
     Contestant("triton", "bf16"),
-    Contestant("diffusers", "bf16"),
-    Contestant("diffusers compiled", "bf16"),
-    Contestant("library", "fp8"),
-    Contestant("triton", "nvfp4", graph=True),
     Contestant("triton", "fp8", "fp8", True, "kontext 1024x1024"),
     Contestant("triton", "bf16", "bf16", True, "kontext 1024x1024"),
     Contestant("triton", "fp8", "fp8", True, "512x512"),
     Contestant("triton", "bf16", "bf16", True, "512x512"),
+    Contestant("triton", "nvfp4", graph=True),
+    Contestant("diffusers", "bf16"),
+    Contestant("diffusers compiled", "bf16"),
+    Contestant("library compiled", "fp8"),
+    Contestant("compiled", "bf16"),
 )
 
 
@@ -362,16 +375,21 @@ def _runner(
 
 
 def _compiled(device: torch.device) -> Ops:
-    """Every operation a region of its own for torch.compile."""
+    """Every operation a region of its own for torch.compile, which compiles each kind of layer once."""
     if device.type != "cuda":  # a rehearsal: the code is traced, nothing is generated
         options: dict[str, Any] = {"backend": "eager"}
     else:
         options = {"mode": "max-autotune-no-cudagraphs"}
+
+    def pack(streams: Streams) -> Streams:  # a name of its own would be a constant to compile each layer for
+        return Streams(dataclasses.replace(linear, name="") for linear in streams)
+
+    def pack_qkv(streams: Streams, norms: tuple[QKNorm, ...]) -> Projection:
+        return EAGER.pack_qkv(pack(streams), norms)
+
     fields = ("norm_modulate", "qkv_rope", "attention", "linear_gelu", "linear_gate_residual", "linear")
-    return dataclasses.replace(
-        EAGER,
-        **{name: torch.compile(getattr(EAGER, name), fullgraph=True, dynamic=False, **options) for name in fields},
-    )
+    compiled = {name: torch.compile(getattr(EAGER, name), fullgraph=True, dynamic=False, **options) for name in fields}
+    return dataclasses.replace(EAGER, pack=pack, pack_qkv=pack_qkv, **compiled)
 
 
 def _diffusers(
@@ -445,9 +463,13 @@ def _parts(run: Callable[[], Any], model: Transformer, device: torch.device) -> 
 
 
 def _profile_parts(run: Callable[[], Any], median: float) -> dict[str, float]:
-    """Seconds of each kernel in one step, those that are not ours together, and what is left of the median."""
+    """Seconds of each kernel in one step, those that are not ours together, and what is left of the median; nothing
+    where the profiler sees nothing."""
     found: dict[str, float] = {}
-    for name, seconds in profiled(run):
+    events = profiled(run)
+    if not events:
+        return {}
+    for name, seconds in events:
         known = name if name in registry.OPS else "others"
         found[known] = found.get(known, 0.0) + seconds
     found["between kernels"] = median - sum(found.values())
@@ -471,24 +493,37 @@ def compete_all(device: torch.device, results: Results, tiny: bool, deadline: fl
             # -P: the working directory has a folder `kernels`, which transformers would take for a package.
             command = [sys.executable, "-P", "-m", "fluxkiln.bench.gpu", "--contestant", str(number)]
             command += ["--device", str(device), *["--tiny"] * tiny]
-            try:
-                run = subprocess.run(command, capture_output=True, text=True, timeout=min(left, MOST_SECONDS))
-            except subprocess.TimeoutExpired:
+            code, output, said = _run(command, min(left, MOST_SECONDS))
+            if code is None:
                 if left < MOST_SECONDS:
                     return False
                 row["failed"] = f"took longer than {MOST_SECONDS} s"
+            elif code == 0 and output:
+                row |= json.loads(output.splitlines()[-1])
             else:
-                lines = run.stdout.splitlines()
-                if run.returncode == 0 and lines:
-                    row |= json.loads(lines[-1])
-                else:
-                    row["failed"] = (run.stderr.strip().splitlines() or ["no output"])[-1][:500]
-                    print(run.stderr, file=sys.stderr)
+                row["failed"] = (said.strip().splitlines() or [f"no output, exit code {code}"])[-1][:500]
+                print(said, file=sys.stderr)
         else:
             row["refused"] = reason
         results.add(row)
         print(step_line(row), flush=True)
     return True
+
+
+def _run(command: Sequence[str], timeout: float) -> tuple[int | None, str, str]:
+    """Exit code, or None for what took too long, output and errors; nothing that the command started goes on."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except BaseException as stopped:  # too slow, or interrupted: its compilers too
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(stopped, subprocess.TimeoutExpired):
+            return None, "", ""
+        raise
+    return process.returncode, output, errors
 
 
 def _refused(contestant: Contestant, device: torch.device) -> str | None:
@@ -518,6 +553,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: a rehearsal that a CPU can do")
     parser.add_argument("--contestant", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cpu" and not args.tiny:
@@ -526,14 +562,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.contestant is not None:
             print(json.dumps(compete(CONTESTANTS[args.contestant], device, args.tiny)))
             return DONE
-        codes = {
-            half(device, args)
-            for name, half in (("kernels", first_half), ("step", second_half))
-            if args.half in (None, name)
-        }
-    if OUT_OF_TIME in codes:
+        halves = {"kernels": first_half, "step": second_half}
+        codes = set()
+        for name in [args.half] if args.half else halves:
+            alone = device.type != "cuda" or args.worker
+            codes.add(halves[name](device, args) if alone else supervised(name, args))
+    if OUT_OF_TIME in codes and not args.worker:
         print(f"out of time, there is more to do: call it again (exit code {OUT_OF_TIME})")
     return max(codes)
+
+
+def supervised(half: str, args: argparse.Namespace) -> int:
+    """A half in a process of its own, and in another for as long as there is time and kernels take it with them."""
+    deadline = time.monotonic() + 60 * args.minutes
+    command = [sys.executable, "-P", "-m", "fluxkiln.bench.gpu", "--worker", "--half", half]
+    command += ["--results", str(args.results), *(["--device", args.device] if args.device else [])]
+    command += ["--tiny"] * args.tiny
+    while (left := (deadline - time.monotonic()) / 60) > 0:
+        code = subprocess.run([*command, "--minutes", f"{left:.3f}"]).returncode
+        if code != LOST:
+            return code if code in (DONE, OUT_OF_TIME) else FAILED
+    return OUT_OF_TIME
 
 
 def first_half(device: torch.device, args: argparse.Namespace) -> int:

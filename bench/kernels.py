@@ -20,7 +20,9 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +37,7 @@ from torch import Tensor
 import fluxkiln.kernels
 from fluxkiln.bench import report
 from fluxkiln.bench.cases import SIZES, Case, arguments, everything
-from fluxkiln.bench.measure import Samples, measure, roofs
+from fluxkiln.bench.measure import LOST, Samples, lost, measure, roofs, watched
 from fluxkiln.bench.step import TINY
 from fluxkiln.config import DEV
 from fluxkiln.kernels import formats, registry
@@ -305,6 +307,8 @@ def bench(
         side: of the matrices whose product is the roof.
         deadline: `time.monotonic()` at which no new case is begun.
         progress: told every row.
+
+    A kernel that faults, or never ends, ends the process with `LOST`, once its row is written.
     """
     left = [case for case in chosen if not results.has(kind="done", case=case.key)]
     if not left:
@@ -317,6 +321,8 @@ def bench(
         for row in _measured(case, device, results, budget, found):
             results.add(row)
             progress(row)
+            if "failed" in row and lost(device):
+                os._exit(LOST)  # with an exception every tensor's destructor would fail as well
         results.add({"kind": "done", "case": case.key})
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -332,34 +338,36 @@ def _measured(
         "bytes": case.call.bytes(), "roofs": found,
     }  # fmt: skip
     args = arguments(case, device)
-    runs: list[tuple[str, Run, dict[str, Any]]] = []
-    ours = launches(case.op, args, device)
-    if isinstance(ours, str):
-        yield what | {"contestant": "triton", "refused": ours}
-    else:
-        output, todo = ours
+
+    def ours() -> dict[str, Any]:
+        launched = launches(case.op, args, device)
+        if isinstance(launched, str):
+            return {"refused": launched}
+        output, todo = launched
 
         def run() -> None:
             for launch in todo:
                 launch()
 
-        try:
-            run()
-            held = parity(case, args, output)
-        except Exception as failure:  # one kernel must not hide the others
-            yield what | {"contestant": "triton", "failed": f"{type(failure).__name__}: {failure}"[:500]}
-        else:
-            runs.append(("triton", run, held | {"config": _options(todo[-1])}))
-    runs += [(name, run, {}) for name, run in contestants(case, args, device)]
-    for name, run, more in runs:
+        run()
+        held = parity(case, args, output)
+        return timing(run) | held | {"config": _options(todo[-1])}
+
+    def timing(run: Run) -> dict[str, Any]:
+        samples = measure(run, device, budget)
+        return samples.row() | rates(case, samples, found)
+
+    others = ((name, functools.partial(timing, run)) for name, run in contestants(case, args, device))
+    for name, attempt in itertools.chain([("triton", ours)], others):
         if results.has(kind="kernel", case=case.key, contestant=name):
             continue
-        try:
-            samples = measure(run, device, budget)
-        except Exception as failure:
-            yield what | {"contestant": name, "failed": f"{type(failure).__name__}: {failure}"[:500]}
-            continue
-        yield what | {"contestant": name, **samples.row(), **rates(case, samples, found), **more}
+        row = what | {"contestant": name}
+        with watched(device, lambda why, row=row: results.add(row | {"failed": why})):
+            try:
+                row |= attempt()
+            except Exception as failure:  # one contestant must not hide the others
+                row["failed"] = f"{type(failure).__name__}: {failure}"[:500]
+        yield row
 
 
 def _options(launch: Launch) -> str:

@@ -8,9 +8,13 @@ graph and replayed. On a CPU a run is timed by the wall clock.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +60,7 @@ def measure(run: Callable[[], Any], device: torch.device, budget: float = 0.3) -
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], None]:
-    """`run` as a CUDA graph.
+    """`run` as a CUDA graph, with all that `run` holds kept for as long.
 
     Raises:
         RuntimeError: it waits for the GPU, or allocates in a way that cannot be captured.
@@ -69,7 +73,52 @@ def captured(run: Callable[[], Any]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+    inputs = run  # the graph reads their memory, but does not own it
+
+    def replay(inputs: Any = inputs) -> None:
+        graph.replay()
+
+    return replay
+
+
+# --- work that may not come back ----------------------------------------------------------------
+
+LOST = 4  # exit code of a process whose GPU work has not come back, or has left CUDA unusable: start another
+SLOW = 180  # seconds after which work has not come back, compilation included
+
+
+@contextlib.contextmanager
+def watched(device: torch.device, tell: Callable[[str], object]) -> Iterator[None]:
+    """On a GPU: work inside that takes longer than `SLOW` seconds is told of, and the process ends with `LOST`."""
+
+    def give_up() -> None:
+        why = f"did not come back within {SLOW} s"
+        print(why, file=sys.stderr, flush=True)
+        tell(why)
+        os._exit(LOST)  # nothing is cleaned up: that would wait for the GPU
+
+    timer = threading.Timer(SLOW, give_up)
+    timer.daemon = True
+    if device.type == "cuda":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def lost(device: torch.device) -> bool:
+    """Whether a kernel has faulted: every call of CUDA fails then, as long as the process lives."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+# --- time -------------------------------------------------------------------------------------
 
 
 def _on_cpu(run: Callable[[], Any], budget: float) -> Samples:

@@ -15,7 +15,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 
 from fluxkiln.bench.cases import SIZES, Case, arguments, everything
 from fluxkiln.bench.kernels import TINY_SIZES, parity
-from fluxkiln.bench.measure import measure
+from fluxkiln.bench.measure import lost, measure
 from fluxkiln.bench.step import TINY
 from fluxkiln.config import DEV
 from fluxkiln.kernels import (
@@ -104,10 +105,13 @@ def tune(
         try:
             return measure(run, device, budget).median
         except Exception as failure:  # a candidate that cannot run has lost
+            if lost(device):
+                raise
             say(f"{case.key}: {tile}: {failure}")
             return float("inf")
 
-    ready = {tile: prepare(tile) for tile in usable(tiles, lambda tile: prepare(tile)[1], device)}
+    fit, dropped = usable(tiles, lambda tile: prepare(tile)[1], device)
+    ready = {tile: prepare(tile) for tile in fit}
     quick = {tile: seconds(tile, budget / 10) for tile in ready}
     chosen = sorted(quick, key=quick.__getitem__)[:FINALISTS] + [tile for tile in tiles[:1] if tile in ready]
     final = {tile: seconds(tile, budget) for tile in dict.fromkeys(chosen)}
@@ -122,7 +126,7 @@ def tune(
             return section, {
                 "problem": problem, "tile": dataclasses.asdict(tile), "us": round(1e6 * final[tile], 2),
                 "us_shipped": None if shipped is None else round(1e6 * shipped, 2),
-                "candidates": len(tiles), "usable": len(ready),
+                "candidates": len(tiles), "usable": len(ready), "dropped": dropped,
                 "versions": versions(device), "date": datetime.now(UTC).date().isoformat(),
             }  # fmt: skip
         say(f"{case.key}: {tile} is wrong: error {held['error']:.1e}, eager's {held['eager_error']:.1e}")
@@ -163,35 +167,40 @@ def compare(
 
 def usable(
     tiles: Sequence[Any], launches: Callable[[Any], list[Launch]], device: torch.device
-) -> Iterator[Any]:  # fmt: skip
-    """The tiles whose launches compile, fit and do not spill."""
+) -> tuple[list[Any], dict[str, int]]:
+    """The tiles whose launches compile, fit and do not spill, and how many of the others failed in which way."""
     if device.type != "cuda":  # a rehearsal: the interpreter runs anything
-        yield from tiles[:2]
-        return
+        return list(tiles[:2]), {}
     from triton import AsyncCompileMode
 
     def compiled(launch: Launch) -> Any:
         return launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options, enable_fp_fusion=True)
 
     todo = {}
+    dropped: Counter[str] = Counter()
     for tile in tiles:
         try:
             todo[tile] = launches(tile)
-        except Exception:  # no tile for this problem
-            continue
+        except (ValueError, AssertionError) as failure:  # no descriptor has such a box
+            dropped[f"{type(failure).__name__}: {failure}"[:100]] += 1
     with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
         for each in todo.values():
             for launch in each:
                 compiled(launch)
+    found = []
     for tile, each in todo.items():
         try:
-            kernels = [compiled(launch) for launch in each]
-            for kernel in kernels:
+            for launch in each:
+                kernel = compiled(launch)
+                kernel = kernel.result() if hasattr(kernel, "result") else kernel  # of one that failed above
                 kernel._init_handles()  # loads it: fails where it asks for too much shared memory
-        except Exception:
-            continue
-        if not any(kernel.n_spills for kernel in kernels):
-            yield tile
+                if kernel.n_spills:
+                    raise RuntimeError("spills registers")
+        except Exception as failure:  # whatever a compiler says of a candidate: it is out, and counted
+            dropped[f"{type(failure).__name__}: {failure}".splitlines()[0][:100]] += 1
+        else:
+            found.append(tile)
+    return found, dict(dropped)
 
 
 def merge(path: Path, section: str, row: Mapping[str, Any]) -> None:

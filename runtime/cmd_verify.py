@@ -26,7 +26,9 @@ def run(args: argparse.Namespace) -> int:
     def show(verdict: Verdict) -> None:
         if args.json:
             return
-        if verdict.error is None:
+        if verdict.failed is not None:
+            result = f"FAILED: {verdict.failed}"
+        elif verdict.error is None:
             result = f"not run: {verdict.refused}"
         else:
             mark = "ok" if verdict.passed else "WRONG"
@@ -41,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
         print()
     elif wrong:
         print(
-            f"{len(wrong)} of {len(verdicts)} are more than {SLACK:g} times as wrong as eager and this GPU's FP8 sums: "
-            "do not trust them here"
+            f"{len(wrong)} of {len(verdicts)} failed, or are more than {SLACK:g} times as wrong as eager and this "
+            "GPU's FP8 sums: do not trust them here"
         )
     else:
         ran = sum(verdict.refused is None for verdict in verdicts)

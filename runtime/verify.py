@@ -44,6 +44,7 @@ class Verdict:
         eager_error: eager's own.
         sums: what the tensor cores of this GPU lose in FP8 sums of that length, see `lost_in_sums`.
         refused: why it did not run.
+        failed: what went wrong when it ran.
         seconds: it took, compilation included.
     """
 
@@ -54,10 +55,13 @@ class Verdict:
     eager_error: float | None = None
     sums: float = 0.0
     refused: str | None = None
+    failed: str | None = None
     seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
+        if self.failed is not None:
+            return False
         if self.error is None or self.eager_error is None:
             return True
         return self.error <= allowed(self.eager_error, self.sums)
@@ -115,12 +119,15 @@ def operations(sizes: Sizes, device: torch.device, backends: Sequence[str]) -> I
             start = time.perf_counter()
             try:
                 got = eager if backend == "eager" else registry.run(op, *args, backend=backend)
+                found = values(got, half_layout=backend == "triton" and op == "qkv_rope")
+                mine, sums = error(found, truth), 0.0 if backend == "eager" else sums_of(args)
             except RefusedError as refusal:
                 yield Verdict(op, format, backend, refused=str(refusal))
-                continue
-            found = values(got, half_layout=backend == "triton" and op == "qkv_rope")
-            seconds, sums = time.perf_counter() - start, 0.0 if backend == "eager" else sums_of(args)
-            yield Verdict(op, format, backend, error(found, truth), eager_error, sums, seconds=seconds)
+            except Exception as failure:  # a compiler's or a driver's: a verdict too, beside the others'
+                yield Verdict(op, format, backend, failed=_said(failure))
+            else:
+                seconds = time.perf_counter() - start
+                yield Verdict(op, format, backend, mine, eager_error, sums, seconds=seconds)
 
 
 def cases(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
@@ -208,13 +215,18 @@ def lost_in_sums(k: int, device: torch.device) -> float:
     Hopper's and Ada's sums have fewer bits than fp32. Their measure is the library's product with fast accumulation,
     against float64: the relative error in the mean square. On a CPU the sums are made in fp32.
     """
-    if device.type != "cuda":
-        return 0.0
+    # So large that the library fills the GPU with whole sums: those of a small product it would split over K.
+    return library_error(4096, k, device) if device.type == "cuda" else 0.0
+
+
+def library_error(n: int, k: int, device: torch.device) -> float:
+    """Of the library's FP8 product of two random `[n, k]`, with fast accumulation, against float64."""
     g = torch.Generator(device).manual_seed(0)
-    x, w = (formats.to_e4m3(100 * torch.randn(512, k, generator=g, device=device)) for _ in range(2))
+    x, w = (formats.to_e4m3(100 * torch.randn(n, k, generator=g, device=device)) for _ in range(2))
     one = torch.ones((), device=device)
     y = torch._scaled_mm(x, w.T, scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=True)
-    return error([y.double()], [x.double() @ w.double().T])
+    part = slice(512)  # of the outputs is enough to know
+    return error([y[part, part].double()], [x[part].double() @ w[part].double().T])
 
 
 def error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
@@ -257,9 +269,19 @@ def denoises(device: torch.device, backends: Sequence[str]) -> Iterator[Verdict]
             if isinstance(choice, str):
                 yield Verdict("denoise", precision, backend, refused=choice)
                 continue
-            got = eager if backend == "eager" else [_denoise(Transformer(TINY, layers, choice), reference)]
-            seconds = time.perf_counter() - start
-            yield Verdict("denoise", precision, backend, error(got, truth), eager_error, seconds=seconds)
+            try:
+                got = eager if backend == "eager" else [_denoise(Transformer(TINY, layers, choice), reference)]
+                mine = error(got, truth)
+            except Exception as failure:
+                yield Verdict("denoise", precision, backend, failed=_said(failure))
+            else:
+                seconds = time.perf_counter() - start
+                yield Verdict("denoise", precision, backend, mine, eager_error, seconds=seconds)
+
+
+def _said(failure: Exception) -> str:
+    """The first line of an exception."""
+    return f"{type(failure).__name__}: {failure}".splitlines()[0]
 
 
 def select(backend: str, chosen: Recipe, device: torch.device) -> Ops | str:

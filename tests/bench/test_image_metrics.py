@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from fluxkiln.bench import metrics
 from fluxkiln.bench.shapes_scene import Background, Scene, Thing, draw
@@ -29,7 +30,6 @@ def test_psnr_of_known_errors() -> None:
 
 
 def test_ssim_against_scipy(pair: tuple[np.ndarray, np.ndarray]) -> None:
-    ndimage = pytest.importorskip("scipy.ndimage")
     x, y = (p.astype(np.float64) @ [0.299, 0.587, 0.114] / 255 for p in pair)
 
     def blur(image: np.ndarray) -> np.ndarray:

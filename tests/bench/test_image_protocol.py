@@ -50,7 +50,6 @@ def test_a_run_says_how_it_can_be_repeated(reference: Path) -> None:
 def test_fidelity_comes_with_its_noise_floor_and_step_errors(
     reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("diffusers")
     floor, out = tmp_path / "diffusers", tmp_path / "fp8"
     assert image.main([*FEW, "--peer", "diffusers", "--out", str(floor)]) == 0
     capsys.readouterr()
@@ -68,7 +67,6 @@ def test_fidelity_comes_with_its_noise_floor_and_step_errors(
 
 
 def test_a_peer_run_resumes(reference: Path, tmp_path: Path) -> None:
-    pytest.importorskip("diffusers")
     for _ in range(2):
         assert image.main([*RUN, "--category", "single", "--peer", "diffusers", "--out", str(tmp_path)]) == 0
     assert len((tmp_path / "made.jsonl").read_text().splitlines()) == 1

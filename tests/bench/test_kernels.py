@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import threading
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fluxkiln import workload
 from fluxkiln.bench import gpu, kernels, report, tune
+from fluxkiln.bench import measure as measure_module
 from fluxkiln.bench.cases import SIZES, arguments, cases, everything
 from fluxkiln.bench.kernels import TINY_SIZES, Results
 from fluxkiln.bench.measure import Samples, measure, roofs
@@ -16,8 +20,10 @@ from fluxkiln.bench.step import TINY
 from fluxkiln.config import DEV
 from fluxkiln.kernels import attention, library, registry, tiles
 from fluxkiln.kernels.formats import Fp8
+from fluxkiln.kernels.layers import Linear, QKNorm, Streams
 
 CPU = torch.device("cpu")
+TINY_TUNED = [case for case in everything(TINY, TINY_SIZES, ("fp8",)) if case.op in tune.TUNED]
 
 
 # --- the timer --------------------------------------------------------------------------------
@@ -130,6 +136,40 @@ def test_no_case_is_begun_after_the_deadline(tmp_path):
     assert not results.rows
 
 
+def test_what_does_not_come_back_is_told_and_ends_the_process(monkeypatch):
+    told, codes = [], []
+    ended = threading.Event()
+    monkeypatch.setattr(measure_module, "SLOW", 0.02)
+    monkeypatch.setattr(measure_module.os, "_exit", lambda code: (codes.append(code), ended.set()))
+    with measure_module.watched(torch.device("cuda"), told.append):
+        assert ended.wait(20)
+    assert codes == [measure_module.LOST]
+    assert told == ["did not come back within 0.02 s"]
+    monkeypatch.setattr(measure_module, "SLOW", 60)
+    threads = threading.active_count()
+    with measure_module.watched(torch.device("cuda"), told.append):
+        assert threading.active_count() == threads + 1
+    assert len(told) == 1
+
+
+def test_a_kernel_that_takes_the_gpu_with_it_costs_its_own_row(tmp_path, monkeypatch):
+    def faulty(*args, **options):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(attention, "launch", faulty)
+    monkeypatch.setattr(kernels, "lost", lambda device: True)
+    monkeypatch.setattr(kernels.os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    path, case = tmp_path / "kernels.jsonl", attention_case()
+    with pytest.raises(SystemExit) as ended:
+        kernels.bench(CPU, Results(path, {}), [case], budget=1e-4, side=64)
+    assert ended.value.code == measure_module.LOST
+    monkeypatch.setattr(kernels, "lost", lambda device: False)
+    again = Results(path, {})  # the next process does not launch it again, and does the rest
+    assert kernels.bench(CPU, again, [case], budget=1e-4, side=64)
+    rows = [row for row in again.rows if row["kind"] == "kernel"]
+    assert [("failed" in row, row["contestant"]) for row in rows][:2] == [(True, "triton"), (False, "eager")]
+
+
 def test_a_wrong_kernel_is_seen(tmp_path, monkeypatch):
     launch = attention.launch
 
@@ -165,6 +205,93 @@ def test_proofs_resume_and_failures_are_tried_again(tmp_path, monkeypatch):
     gpu.prove(CPU, results, tiny=True, deadline=float("inf"))
     assert [(row["name"], row["passed"]) for row in results.rows][2:] == [("bad", True)]
     assert not gpu.prove(CPU, Results(tmp_path / "new.jsonl", {}), tiny=True, deadline=0.0)
+
+
+def test_a_proof_that_takes_the_gpu_with_it_is_not_tried_again(tmp_path, monkeypatch):
+    outcomes = {"bad": lambda: 1 / 0, "good": lambda: "yes"}
+    monkeypatch.setattr(gpu, "proofs", lambda device, tiny: iter(outcomes.items()))
+    monkeypatch.setattr(gpu, "lost", lambda device: True)
+    monkeypatch.setattr(gpu.os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    path = tmp_path / "proofs.jsonl"
+    first = Results(path, {})
+    first.add({"kind": "run", "identity": {}})
+    with pytest.raises(SystemExit):
+        gpu.prove(CPU, first, tiny=True, deadline=float("inf"))
+    again = Results(path, {})
+    assert gpu.prove(CPU, again, tiny=True, deadline=float("inf"))
+    assert [(row["name"], row["passed"]) for row in again.rows] == [("bad", False), ("good", True)]
+
+
+def test_a_half_goes_on_in_a_fresh_process(monkeypatch):
+    codes, commands = [measure_module.LOST, measure_module.LOST, gpu.DONE], []
+
+    def run(command):
+        commands.append(command)
+        return SimpleNamespace(returncode=codes[len(commands) - 1])
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    args = SimpleNamespace(minutes=1.0, results="folder", device=None, tiny=False)
+    assert gpu.supervised("kernels", args) == gpu.DONE
+    assert len(commands) == 3
+    args.minutes = 0.0
+    assert gpu.supervised("kernels", args) == gpu.OUT_OF_TIME
+    args.minutes, codes[:] = 1.0, [-11] * 9  # a driver's segmentation fault
+    commands.clear()
+    assert gpu.supervised("kernels", args) == gpu.FAILED
+
+
+def test_a_contestant_that_is_too_slow_leaves_nothing_behind(tmp_path):
+    started = tmp_path / "started"
+    command = ["sh", "-c", f"sh -c 'echo $$ > {started}; sleep 600'; true"]
+    assert gpu._run(command, 2.0) == (None, "", "")
+    state = Path("/proc", started.read_text().strip(), "stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX"  # killed, perhaps not buried
+    assert gpu._run(["sh", "-c", "echo out; echo err >&2; exit 5"], 60) == (5, "out\n", "err\n")
+
+
+def test_every_layer_of_a_kind_is_compiled_once():
+    """A name of its own is a constant to torch.compile, and after eight of them it gives up."""
+    ops = gpu._compiled(CPU)
+    layer, norm = Linear(torch.zeros(48, 16), torch.zeros(48), name="one"), QKNorm(torch.ones(16), torch.ones(16))
+    streams = (Streams((layer,)), Streams((dataclasses.replace(layer, name="two"),)))
+    one, two = (ops.pack_qkv(each, (norm,)) for each in streams)
+    assert {linear.name for packed in (one, two) for linear in packed.streams} == {""}
+    assert ops.pack(streams[0])[0].name == ""
+
+
+def scaled_mm(a, b, *, scale_a, scale_b, bias=None, out_dtype=None, use_fast_accum=False, out=None):
+    """torch._scaled_mm in fp32, with what its CUDA kernels want of their arguments."""
+    assert a.dtype == b.dtype == torch.float8_e4m3fn
+    assert (a.stride(1), b.stride(0)) == (1, 1)
+    assert a.stride(0) >= a.shape[1]
+    assert b.stride(1) >= b.shape[0]
+    assert not any(n % 16 for n in (a.shape[1], *b.shape))
+    assert scale_a.dtype == scale_b.dtype == torch.float32
+    by_row = (scale_a.shape, scale_b.shape) == ((a.shape[0], 1), (1, b.shape[1]))
+    assert by_row or scale_a.numel() == scale_b.numel() == 1
+    assert scale_a.is_contiguous()
+    assert scale_b.t().is_contiguous()
+    assert out_dtype == torch.bfloat16
+    assert bias is None or bias.dtype == torch.bfloat16
+    y = (a.float() @ b.float()) * scale_a * scale_b + (0 if bias is None else bias.float())
+    return y.to(out_dtype) if out is None else out.copy_(y)
+
+
+def test_the_library_is_called_as_it_wants(monkeypatch):
+    """A CPU's product takes more than a GPU's does."""
+    called = Counter()
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **options: called.update("x") or scaled_mm(*args, **options))
+    for case in everything(TINY, TINY_SIZES, ("fp8",)):
+        if case.format != "fp8" or not case.call.gemms:
+            continue
+        args = arguments(case, CPU)
+        for name, run in kernels.contestants(case, args, CPU):
+            before = called.total()
+            run()
+            assert (called.total() > before) == (name != "eager"), (case.key, name)
+        if case.op == "linear":
+            for call in library.linear(*registry.packed("linear", args), arch=90)[1]:
+                call()
 
 
 def test_the_parts_of_a_step_add_up():
@@ -314,10 +441,8 @@ def test_what_tuning_writes_is_what_runs(table, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(written["attention"]) + len(written["library"])
 
 
-@pytest.mark.parametrize("case", everything(TINY, TINY_SIZES, ("fp8",)), ids=lambda case: case.key)
+@pytest.mark.parametrize("case", TINY_TUNED, ids=lambda case: case.key)
 def test_the_shipped_tile_is_the_first_candidate_and_none_comes_twice(case):
-    if case.op not in tune.TUNED:
-        pytest.skip("not tuned: it runs once in a step")
     operands = registry.packed(case.op, arguments(case, CPU))
     section, problem, found = tune.search(case, operands, 90)
     assert section in ("rows", case.op)

@@ -48,6 +48,26 @@ def test_a_wrong_kernel_is_found_out_and_the_exit_code_says_so(monkeypatch, caps
     assert {row["op"] for row in rows if not row["passed"]} == {"linear_gelu"}
 
 
+def test_a_kernel_that_cannot_run_is_a_verdict_beside_the_others(monkeypatch, capsys):
+    def broken(*args, **options):
+        raise RuntimeError("PassManager::run failed\nand a page of code")
+
+    monkeypatch.setattr(linear_gelu, "launch", broken)
+    monkeypatch.setattr(verify, "denoises", lambda device, backends: iter(()))
+    some = [case for case in verify.cases(SMALL, CPU) if case[:2] in (("linear_gelu", "bf16"), ("linear", "bf16"))]
+    monkeypatch.setattr(verify, "cases", lambda sizes, device: iter(some))
+    assert main(["verify", "--backend", "triton", "--device", "cpu"]) == 1
+    failed, passed, last = capsys.readouterr().out.splitlines()
+    assert " ".join(failed.split()) == "linear_gelu bf16 triton FAILED: RuntimeError: PassManager::run failed"
+    assert passed.startswith("linear ")
+    assert passed.endswith("ok")
+    assert last.startswith("1 of 2 failed")
+
+
+def test_the_librarys_error_is_that_of_a_sum():
+    assert 0 < verify.library_error(64, 256, CPU) < 1e-6  # on a CPU in fp32
+
+
 def test_a_denoise_on_eager_is_near_the_truth():
     verdicts = list(verify.denoises(CPU, ("eager",)))
     errors = {v.format: v.error for v in verdicts}

@@ -9,6 +9,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from scipy import ndimage
 from shapes import captions
 
 from fluxkiln.bench import shapes_judge
@@ -149,7 +150,6 @@ def test_edit_distance(a: str, b: str, distance: int) -> None:
 
 
 def test_components_agree_with_scipy() -> None:
-    ndimage = pytest.importorskip("scipy.ndimage")
     mask = np.random.default_rng(0).random((40, 50)) < 0.55
     labels, n = ndimage.label(mask)
     ours = shapes_judge.components(mask)

@@ -9,6 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxPipeline
 from PIL import Image
 from shapes import autoencoder as training
 from shapes import data, model, muon, vocabulary
@@ -59,8 +60,7 @@ def test_tokenizers_know_the_words_and_survive_others(folder: Path) -> None:
 
 
 def test_diffusers_computes_the_same_velocity(folder: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    theirs = diffusers.FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    theirs = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     prompt_embeds, pooled, txt_ids = theirs.encode_prompt(PROMPT, PROMPT, max_sequence_length=32)
     torch.manual_seed(1)
     img, t, g = torch.randn(1, 12, 64), torch.tensor([0.7]), torch.tensor([3.5])
