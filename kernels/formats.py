@@ -269,5 +269,10 @@ def _wide(x: Tensor) -> Tensor:
 
 def _index(x: Any, rows: Any) -> Any:
     """Index every part that has the rows' axes; a scalar scale belongs to all of them."""
-    parts = {name: value[rows] for name, value in vars(x).items() if value is not None and value.ndim}
-    return replace(x, **parts)
+
+    def of(value: Tensor) -> Tensor:
+        if value.dtype != torch.float8_e4m3fn:
+            return value[rows]
+        return value.view(torch.uint8)[rows].view(value.dtype)  # not every PyTorch gathers FP8, on every device
+
+    return replace(x, **{name: of(value) for name, value in vars(x).items() if value is not None and value.ndim})

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fluxkiln import workload
 from fluxkiln.bench import gpu, kernels, report, tune
@@ -292,6 +294,31 @@ def test_the_library_is_called_as_it_wants(monkeypatch):
         if case.op == "linear":
             for call in library.linear(*registry.packed("linear", args), arch=90)[1]:
                 call()
+
+
+class CodesAreOnlyMoved(TorchDispatchMode):
+    """PyTorch copies, joins and multiplies FP8; it adds, compares or gathers it not everywhere."""
+
+    MOVES = (
+        *("_to_copy", "clone", "copy_", "cat", "contiguous", "empty", "empty_like", "new_empty", "detach", "alias"),
+        *("view", "_unsafe_view", "as_strided", "expand", "permute", "t", "transpose", "unsqueeze", "slice", "select"),
+        *("split", "split_with_sizes", "unbind", "_scaled_mm", "_reshape_alias", "is_same_size"),
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if any(x.dtype == torch.float8_e4m3fn for x in tensors):
+            assert func.overloadpacket.__name__ in self.MOVES, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "nvfp4"])
+def test_nothing_but_a_kernel_calculates_with_codes(precision: str):
+    with CodesAreOnlyMoved():
+        for case in everything(TINY, TINY_SIZES, (precision,)):
+            args = arguments(case, CPU)
+            kernels.parity(case, args, registry.OPS[case.op].reference(*args))
+            registry.packed(case.op, args)
 
 
 def test_the_parts_of_a_step_add_up():
