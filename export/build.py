@@ -156,7 +156,7 @@ def build(
     start = time.perf_counter()
     try:
         builder = trt.Builder(speaker.logger)
-        network = builder.create_network(0)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, speaker.logger)
         held = _load(parser, traced, values)
         if not parser.parse_model_proto():

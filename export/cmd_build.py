@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from dataclasses import asdict
@@ -11,23 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fluxkiln.engines.store import Manifest, Store, Subject, default_root, read_manifest
-from fluxkiln.export import FORMS, PARTS
+from fluxkiln.export.arguments import add_graph_arguments
 
 GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="checkpoint, folder, hub repository or bundled model")
-    parser.add_argument("--part", default="transformer", choices=PARTS, help="of the model")
-    parser.add_argument(
-        "--form",
-        default="step",
-        choices=FORMS,
-        help="of the transformer: given its modulation (what runs images), "
-        "with the inputs of the released ONNX files, or with a LoRA's matrices as inputs",
-    )
-    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp8", "nvfp4"))
-    parser.add_argument("--recipe", type=Path, help="JSON file of a recipe, instead of the precision's own")
+    add_graph_arguments(parser, ("bf16", "fp8", "nvfp4"))
     parser.add_argument("--arch", nargs="+", default=["sm_89"], metavar="sm_NN", help="of the GPUs, e.g. sm_89 sm_120")
     parser.add_argument(
         "--weights",
@@ -45,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fluxkiln.engine import digest
     from fluxkiln.engines.flavour import flavour
     from fluxkiln.export.build import Profile, build, memory_needed, refuse
     from fluxkiln.export.parts import export
@@ -74,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     for arch in args.arch:
         subject = Subject(
             part=exported.part,
-            graph=hashlib.sha256(traced.proto.SerializeToString(deterministic=True)).hexdigest(),
+            graph=digest(traced.proto),
             model=exported.identity,
             precision=args.precision,
             recipe=exported.recipe.to_json(),
@@ -83,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
             flavour=installed.name,
             version=installed.version,
             weights=weights,
+            options={"fallback": True} if args.fallback else {},
         )
         found = store.find(subject)
         if found and found.refusal is None and not args.force:

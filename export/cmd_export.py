@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fluxkiln.export import FORMS, PARTS
+from fluxkiln.export.arguments import add_graph_arguments
 
 if TYPE_CHECKING:
     from fluxkiln.export.graph import Traced
@@ -23,17 +23,7 @@ ALIGNMENT = 4096  # bytes, so that runtimes can map each weight
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="checkpoint, folder, hub repository or bundled model")
-    parser.add_argument("--part", default="transformer", choices=PARTS, help="of the model")
-    parser.add_argument(
-        "--form",
-        default="step",
-        choices=FORMS,
-        help="of the transformer: given its modulation, with the inputs of the "
-        "released ONNX files, or with a LoRA's matrices as inputs",
-    )
-    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16", "fp8", "nvfp4"))
-    parser.add_argument("--recipe", type=Path, help="JSON file of a recipe, instead of the precision's own")
+    add_graph_arguments(parser, ("fp32", "bf16", "fp8", "nvfp4"))
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write; must not exist")
 
 

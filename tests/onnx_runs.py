@@ -34,6 +34,11 @@ def to_numpy(x: torch.Tensor) -> np.ndarray:
 
 
 def run_onnxruntime(model: onnx.ModelProto | Path, x: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The first output."""
+    return torch.from_numpy(next(iter(outputs_onnxruntime(model, x).values())))
+
+
+def outputs_onnxruntime(model: onnx.ModelProto | Path, x: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Of a model in memory, or of a file: protobuf has a limit of 2 GB."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -43,7 +48,8 @@ def run_onnxruntime(model: onnx.ModelProto | Path, x: dict[str, torch.Tensor]) -
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     source = model if isinstance(model, Path) else model.SerializeToString()
     session = onnxruntime.InferenceSession(source, options, ["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {name: to_numpy(value) for name, value in x.items()})[0])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {name: to_numpy(value) for name, value in x.items()}), strict=True))
 
 
 class TRT_FP4DynamicQuantize(OpRun):  # the operator's name is the class's
@@ -62,6 +68,11 @@ class TRT_FP4DynamicQuantize(OpRun):  # the operator's name is the class's
 
 
 def run_reference(model: onnx.ModelProto, x: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The first output."""
+    return torch.from_numpy(next(iter(outputs_reference(model, x).values())).astype(np.float32))
+
+
+def outputs_reference(model: onnx.ModelProto, x: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     evaluator = ReferenceEvaluator(model, new_ops=[TRT_FP4DynamicQuantize])
-    (latent,) = evaluator.run(None, {name: to_numpy(value) for name, value in x.items()})
-    return torch.from_numpy(np.asarray(latent).astype(np.float32))
+    results = evaluator.run(None, {name: to_numpy(value) for name, value in x.items()})
+    return dict(zip(evaluator.output_names, map(np.asarray, results), strict=True))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import onnx
 import pytest
 import torch
@@ -9,10 +12,12 @@ import torch
 from fluxkiln.engines.flavour import flavour
 from fluxkiln.engines.header import decode
 from fluxkiln.export.build import BuildError, Profile, build, refuse
-from fluxkiln.export.graph import trace
+from fluxkiln.export.graph import Joint, Layer, OnnxOps, Quantised, Rope, Value, cut, trace
 from fluxkiln.export.structure import Kernel, StructureError, check, read_listing
 from fluxkiln.export.weights import values
-from fluxkiln.kernels.recipe import RECIPES
+from fluxkiln.kernels.formats import Quant
+from fluxkiln.kernels.layers import Linear, QKNorm, Streams
+from fluxkiln.kernels.recipe import RECIPES, Recipe, Rule
 
 from parity import SMALL, layers_of
 
@@ -88,6 +93,48 @@ def test_products_stay_what_they_are_beside_a_lora(precision: str, arch: str) ->
     products = {"bf16": 3 + BLOCK_PRODUCTS - 1} if precision == "bf16" else {"bf16": 3, precision: BLOCK_PRODUCTS}
     assert built.structure.products == products
     assert not built.structure.fallen
+
+
+class Joined(OnnxOps):
+    """Two savings that cost the engine its FP4: text and image are quantised as one and cut behind that, and one product
+    makes q, k and v. The graph's numbers are the same."""
+
+    def norm_modulate(self, x: Joint, *args: Any, out: Quant | None = None) -> Joint:
+        plain = super().norm_modulate(x, *args)
+        if out is None or len(plain.parts) == 1:
+            return Joint(tuple(self.emit(part, out) for part in plain.parts))
+        whole, split = self.emit(plain.whole, out), args[-1]
+        values = [getattr(whole, field.name) for field in fields(whole)]
+        return Joint(tuple(Quantised(*(cut(x, *ends) for x in values)) for ends in ((None, split), (split, None))))
+
+    def pack_qkv(self, streams: Streams, norms: tuple[QKNorm, ...]) -> Layer:
+        return Layer(tuple((linear,) for linear in streams))
+
+    def qkv_rope(self, x: Joint, layer: Layer, rope: Rope, split: Any) -> tuple[Any, Any, Any]:
+        self.thirds: list[Value] = []
+        return super().qkv_rope(x, Layer(tuple(linears * 3 for linears in layer.streams)), rope, split)
+
+    def product(self, xs: Any, linear: Linear) -> Value:
+        if linear.weight.shape[0] != 3 * self.config.hidden_size:
+            return super().product(xs, linear)
+        if not self.thirds:
+            whole = super().product(xs, linear)
+            self.thirds = list(self.graph.op("Split", whole, axis=-1, count=3, num_outputs=3))
+        return self.thirds.pop(0)
+
+
+def test_a_fused_qkv_that_fell_back_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT says nothing and builds it in bf16."""
+    monkeypatch.setattr("fluxkiln.export.graph.OnnxOps", Joined)
+    recipe = Recipe("qkv in nvfp4", (("double_blocks.*_attn.qkv", Rule("nvfp4")),))
+    layers = layers_of(SMALL, recipe, torch.bfloat16)
+    traced = trace(SMALL, layers)
+    asked = {name for name, format in traced.products.items() if format == "nvfp4"}
+    assert asked == {f"double_blocks.0.{stream}_attn.qkv.outputs0" for stream in ("txt", "img")}
+    with pytest.raises(StructureError, match=r"2 products .* fell back: \S+qkv\S+ was asked for in nvfp4 and was built"):
+        build(traced, "sm_120", PROFILE, values(traced.parameters, layers))
+    built = build(traced, "sm_120", PROFILE, values(traced.parameters, layers), fallback=True)
+    assert built.structure.fallen == dict.fromkeys(asked, ("nvfp4", "bf16"))
 
 
 def test_weights_are_really_outside_of_a_refit_engine() -> None:
