@@ -21,7 +21,7 @@ from fluxkiln.export.graph import Parameter, Traced
 from fluxkiln.export.structure import HEADER, Structure, StructureError, check, read_listing
 
 BITS = {TensorProto.FLOAT: 32, TensorProto.BFLOAT16: 16, TensorProto.FLOAT8E4M3FN: 8, TensorProto.FLOAT4E2M1: 4}
-SPARE = 2**31  # bytes a build takes beside the weights: graph, kernels, the builder itself
+SPARE = 5 * 2**29  # bytes a build takes beside the weights: graph, kernels, the builder itself
 
 
 class BuildError(RuntimeError):

@@ -85,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
             built = build(
                 traced, arch, profile, tensors, name=args.flavour, progress=bar.update, fallback=args.fallback
             )
+        peak = peak_memory()
+        beyond = f"the build took {peak / GIB:.1f} GiB of memory, more than the {need / GIB:.1f} GiB it was to need"
+        notes = (*exported.notes, *built.messages) + (beyond,) * (peak > need)
         folder = store.add(
             subject,
             built.plan,
@@ -92,11 +95,13 @@ def run(args: argparse.Namespace) -> int:
             structure=asdict(built.structure),
             parameters={name: asdict(p) for name, p in traced.parameters.items()} if tensors is None else {},
             seconds=built.seconds,
-            peak_bytes=peak_memory(),
-            notes=(*exported.notes, *built.messages),
+            peak_bytes=peak,
+            notes=notes,
         )
+        if peak > need:
+            say(beyond)
         say(
-            f"{arch}: built in {built.seconds:.0f} s, {len(built.plan) / 1e6:.1f} MB, "
+            f"{arch}: built in {built.seconds:.0f} s and {peak / GIB:.1f} GiB of memory, {len(built.plan) / 1e6:.1f} MB, "
             f"products {built.structure.products or 'not held'}, attention {built.structure.attentions or 'not held'}: "
             f"{folder}"
         )

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
 
+from fluxkiln.checkpoint import save_checkpoint
+from fluxkiln.cli import main
 from fluxkiln.engines.flavour import flavour
 from fluxkiln.engines.header import decode
+from fluxkiln.engines.store import Store
+from fluxkiln.export import cmd_build
 from fluxkiln.export.build import BuildError, Profile, build, refuse
 from fluxkiln.export.graph import Joint, Layer, OnnxOps, Quantised, Rope, Value, cut, trace
 from fluxkiln.export.structure import Kernel, StructureError, check, read_listing
@@ -19,7 +24,7 @@ from fluxkiln.kernels.formats import Quant
 from fluxkiln.kernels.layers import Linear, QKNorm, Streams
 from fluxkiln.kernels.recipe import RECIPES, Recipe, Rule
 
-from parity import SMALL, layers_of
+from parity import SMALL, layers_of, random_tensors
 
 pytest.importorskip("tensorrt_rtx", reason="builds engines: pip install 'fluxkiln[trt]'")
 
@@ -29,6 +34,15 @@ BLOCK_PRODUCTS = (
 )
 PROFILE = Profile(image=(16, 64, 128), text=(1, 16, 32))
 USUAL = Profile(image=(256, 4096, 8192))  # where FP8 attention is not taken apart
+
+
+def products(precision: str) -> dict[str, int]:
+    """Of SMALL's engine; in bf16, linear2 of the single block is one product."""
+    return {
+        "bf16": {"bf16": 3 + BLOCK_PRODUCTS - 1},
+        "fp8": {"bf16": 3, "fp8": BLOCK_PRODUCTS},
+        "nvfp4": {"bf16": 5, "fp8": 6, "nvfp4": 10},
+    }[precision]
 
 
 @pytest.mark.parametrize(("precision", "arch"), TARGETS)
@@ -41,10 +55,7 @@ def test_engines_run_what_was_asked_for(precision: str, arch: str, weights: str)
     assert header.archs == (arch,)
     assert header.version == flavour().version
     assert header.nbytes == len(built.plan)
-    products = {"bf16": 3 + BLOCK_PRODUCTS - 1} if precision == "bf16" else {"bf16": 3, precision: BLOCK_PRODUCTS}
-    if precision == "nvfp4":
-        products = {"bf16": 5, "fp8": 6, "nvfp4": 10}
-    assert built.structure.products == products
+    assert built.structure.products == products(precision)
     assert built.structure.attentions == {"bf16": 2}
     assert not built.structure.fallen
 
@@ -84,14 +95,13 @@ def test_compatible_form_is_built(weights: str) -> None:
     assert built.structure.products == {"bf16": 3 + BLOCK_PRODUCTS - 1}
 
 
-@pytest.mark.parametrize(("precision", "arch"), [("fp8", "sm_89"), ("bf16", "sm_120")])
+@pytest.mark.parametrize(("precision", "arch"), [("fp8", "sm_89"), ("bf16", "sm_120"), ("nvfp4", "sm_120")])
 def test_products_stay_what_they_are_beside_a_lora(precision: str, arch: str) -> None:
     layers = layers_of(SMALL, RECIPES[precision], torch.bfloat16)
     traced = trace(SMALL, layers, form="lora")
     assert len([name for name in traced.inputs if name.endswith(".lora_down")]) == 8 + 2
     built = build(traced, arch, PROFILE, values(traced.parameters, layers))
-    products = {"bf16": 3 + BLOCK_PRODUCTS - 1} if precision == "bf16" else {"bf16": 3, precision: BLOCK_PRODUCTS}
-    assert built.structure.products == products
+    assert built.structure.products == products(precision)
     assert not built.structure.fallen
 
 
@@ -131,7 +141,9 @@ def test_a_fused_qkv_that_fell_back_is_caught(monkeypatch: pytest.MonkeyPatch) -
     traced = trace(SMALL, layers)
     asked = {name for name, format in traced.products.items() if format == "nvfp4"}
     assert asked == {f"double_blocks.0.{stream}_attn.qkv.outputs0" for stream in ("txt", "img")}
-    with pytest.raises(StructureError, match=r"2 products .* fell back: \S+qkv\S+ was asked for in nvfp4 and was built"):
+    with pytest.raises(
+        StructureError, match=r"2 products .* fell back: \S+qkv\S+ was asked for in nvfp4 and was built"
+    ):
         build(traced, "sm_120", PROFILE, values(traced.parameters, layers))
     built = build(traced, "sm_120", PROFILE, values(traced.parameters, layers), fallback=True)
     assert built.structure.fallen == dict.fromkeys(asked, ("nvfp4", "bf16"))
@@ -140,7 +152,14 @@ def test_a_fused_qkv_that_fell_back_is_caught(monkeypatch: pytest.MonkeyPatch) -
 def test_weights_are_really_outside_of_a_refit_engine() -> None:
     layers = layers_of(SMALL, RECIPES["bf16"], torch.bfloat16)
     traced = trace(SMALL, layers)
-    plans = [bytes(build(traced, "sm_89", PROFILE, v).plan) for v in (values(traced.parameters, layers), None)]
+    steps: list[tuple[str, int, int]] = []
+
+    def plan(weights: Any) -> bytes:
+        return bytes(build(traced, "sm_89", PROFILE, weights, progress=lambda *step: steps.append(step)).plan)
+
+    plans = [plan(values(traced.parameters, layers)), plan(None)]
+    assert len(steps) > 20
+    assert all(0 <= step <= count for _, step, count in steps)
     weight = layers["single_blocks.0.linear2.weight"].T.contiguous().view(torch.uint8).numpy().tobytes()[:256]
     assert (
         weight in plans[0]
@@ -169,6 +188,35 @@ def test_a_missing_global_scale_is_refused() -> None:
     node.input.pop()
     with pytest.raises(BuildError):
         build(traced, "sm_120", PROFILE)
+
+
+def test_the_command_says_what_memory_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the build, which a machine with less does not begin, and held to it afterwards."""
+    save_checkpoint(tmp_path / "m.safetensors", ((n, t.bfloat16()) for n, t in random_tensors(SMALL).items()))
+    command = ["build", "--model", str(tmp_path / "m.safetensors"), "--store", str(tmp_path / "store")]
+    command += ["--max-size", "256x256", "--references", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cmd_build, "available_memory", lambda: 2**30)
+        assert main(command) == 1
+    assert "the build needs up to 2.5 GiB of memory and 1.0 GiB are free" in capsys.readouterr().err
+    assert list(Store(tmp_path / "store")) == []
+
+    monkeypatch.setattr(cmd_build, "peak_memory", lambda: 3 * 2**30)
+    assert main([*command, "--fallback"]) == 0
+    said = capsys.readouterr().out
+    assert "the build needs up to 2.5 GiB" in said
+    assert "the build took 3.0 GiB of memory, more than the 2.5 GiB it was to need" in said
+    (stored,) = Store(tmp_path / "store")
+    assert stored.manifest is not None
+    assert stored.manifest.peak_bytes == 3 * 2**30
+    assert any("it was to need" in note for note in stored.manifest.notes)
+    assert main([*command, "--fallback"]) == 0
+    assert "in the store already" in capsys.readouterr().out
+    assert main(command) == 0  # an engine that was allowed to fall back is not one that was not
+    assert "in the store already" not in capsys.readouterr().out
+    assert len(list(Store(tmp_path / "store"))) == 2
 
 
 @pytest.mark.parametrize(
