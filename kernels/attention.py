@@ -180,6 +180,15 @@ TILES = {
     (120, "fp8", 64): Tile(128, 64, 8, 4, "tma"),
 }
 
+# With norm and rotation of q inside, those would have each wgmma of Hopper wait for the one before: at head dim 128, four
+# warps have too few registers; at 64, ptxas sees those of q written between two of them.
+TILES_INSIDE = {
+    (90, "bf16", 64): Tile(128, 128, 8, 3, "tma"),
+    (90, "fp8", 64): Tile(128, 128, 8, 3, "tma"),
+    (90, "bf16", 128): Tile(128, 64, 8, 2, "tma"),
+    (90, "fp8", 128): Tile(128, 64, 8, 3, "tma"),
+}
+
 
 # --- contract ---------------------------------------------------------------------------------
 
@@ -496,13 +505,17 @@ def _attention_kernel(
 # --- launch -----------------------------------------------------------------------------------
 
 
-def pick(arch: int, format: str, head_dim: int, length: int, describable: bool = True) -> Tile:
+def pick(
+    arch: int, format: str, head_dim: int, length: int, describable: bool = True, inside: bool = False
+) -> Tile:  # fmt: skip
     """The tile for k and v in `format`: the one measured fastest at the nearest length, or the table's.
 
-    `describable` says whether TMA descriptors can be made of q, k and v.
+    `describable` says whether TMA descriptors can be made of q, k and v; `inside`, whether q is a `Query`.
     """
     if not describable:
         return TILES[89, format, head_dim]
+    if inside and (arch, format, head_dim) in TILES_INSIDE:
+        return TILES_INSIDE[arch, format, head_dim]
     kind = {"arch": arch, "format": format, "head_dim": head_dim}
     known = {
         row["problem"]["length"]: row["tile"] for row in section("attention") if kind.items() <= row["problem"].items()
@@ -532,7 +545,8 @@ def launch(
     fp8 = isinstance(k, Fp8)
     values = bounded(v) if out and out.rule == "bound" else v
     tensors = (_data(q), _data(k), _data(values))
-    tile = tile or pick(arch, "fp8" if fp8 else "bf16", D, L, all(map(_describable, tensors[1:])))
+    inside = isinstance(q, Query)
+    tile = tile or pick(arch, "fp8" if fp8 else "bf16", D, L, all(map(_describable, tensors[1:])), inside)
     y = outputs(out, (B, L, H * D), v.dtype, empty or fresh(tensors[0].device))
 
     # One pass over all tokens, unless v's first stream ends within a block.
@@ -546,7 +560,7 @@ def launch(
     q_split, streams, stride_r = 0, 0, 0
     if fp8:
         q_scale, k_scale = q.row_scale if isinstance(q, Fp8) else q.scale.expand(B, L, H), k.row_scale
-    if isinstance(q, Query):
+    if inside:
         norm, rope, q_split, streams = q.norm, q.rope, q.split, len(q.norm)
         stride_r = q.rope.stride(0) if len(q.rope) > 1 else 0
     scale = values.scale if isinstance(values, Values) else None
@@ -622,7 +636,7 @@ def configurations(arch: int) -> Iterator[Configuration]:
                 rope = meta(1, L, D // 2, 2, dtype=torch.float32)
                 q = Query(q, meta(2, D), rope, split, scale if format == "fp8" else None)
             out = Quant(result, "bound") if result else None
-            tile = pick(arch, format, D, L)
+            tile = pick(arch, format, D, L, inside=inside)
             run = launch(q, k, v, out, arch=arch, tile=tile)[1][0]
             name = f"d={D} L={L} split={split} {tile}" + f" -> {result or 'bf16'}" + " norm and rope inside" * inside
             programs = 2 if arch == 90 and tile.warps == 4 else 1

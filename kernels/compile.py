@@ -27,6 +27,7 @@ from typing import Any, Literal
 from fluxkiln.kernels.arch import ARCHS
 from fluxkiln.kernels.language import Launch
 
+SERIALIZED = "wgmma.mma_async instructions are serialized"  # a remark of ptxas
 TENSOR_CORE = re.compile(r"(wgmma\.mma_async\S*|tcgen05\.mma\.[\w.:]+|mma\.sync[\w.:]+)")
 
 
@@ -68,6 +69,7 @@ class Resources:
     instructions: list[str]  # tensor-core mnemonics in the kernel's loops
     products: int  # how many of them the code has there
     copies: list[str]
+    serialized: bool  # each wgmma waits for the one before: ptxas does so where registers are too few
     compile_seconds: float
     triton: str
 
@@ -78,6 +80,8 @@ class Resources:
             sentences.append(f"spills {self.spill_bytes} bytes of registers")
         if self.shared_bytes > self.shared_limit:
             sentences.append(f"asks for {self.shared_bytes} bytes of shared memory, the limit is {self.shared_limit}")
+        if self.serialized:
+            sentences.append("waits for each wgmma before the next")
         if self.occupancy < c.occupancy:
             sentences.append(f"{self.occupancy} blocks fit a multiprocessor, planned were {c.occupancy}")
         if c.copies and c.copies not in self.copies:
@@ -102,7 +106,14 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options, enable_fp_fusion=True)
     seconds = time.perf_counter() - start
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-    registers, spill = usage(log.getvalue()) or assemble(ptx, arch)  # the log is empty for what was in Triton's cache
+    said = log.getvalue()
+    used = usage(said)
+    if used is None:  # it was in Triton's cache
+        said = assemble(ptx, arch)
+        used = usage(said)
+    if used is None:
+        raise RuntimeError(f"ptxas gave no resource usage for sm_{arch}: {said.strip() or 'no output'}")
+    registers, spill = used
     products = tensor_core_instructions(ptx)
     threads = re.search(r"\.reqntid (\d+)", ptx)  # warp specialisation adds to num_warps
     warps = int(threads[1]) // 32 if threads else compiled.metadata.num_warps
@@ -121,6 +132,7 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
             for name, mnemonic in (("cp.async", r"cp\.async\.c[ag]"), ("tma", r"cp\.async\.bulk\.tensor"))
             if re.search(mnemonic, ptx)
         ],
+        serialized=SERIALIZED in said,
         compile_seconds=round(seconds, 2),
         triton=__version__,
     )
@@ -146,8 +158,8 @@ def usage(log: str) -> tuple[int, int] | None:
     return (int(registers[1]), int(spills[1]) + int(spills[2])) if registers and spills else None
 
 
-def assemble(ptx: str, arch: int) -> tuple[int, int]:
-    """`usage` of a PTX text: ptxas run as Triton runs it."""
+def assemble(ptx: str, arch: int) -> str:
+    """What ptxas says of a PTX text, run as Triton runs it."""
     from triton import __version__
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
@@ -158,10 +170,7 @@ def assemble(ptx: str, arch: int) -> tuple[int, int]:
         file.flush()
         command = [get_ptxas(arch).path, "-v", *options, f"--gpu-name={sm_arch_from_capability(arch)}"]
         run = subprocess.run([*command, file.name, "-o", "/dev/null"], capture_output=True, text=True)
-    used = usage(run.stderr)
-    if used is None:
-        raise RuntimeError(f"ptxas gave no resource usage for sm_{arch}: {run.stderr.strip() or 'no output'}")
-    return used
+    return run.stderr
 
 
 class Target:

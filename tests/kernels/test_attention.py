@@ -154,6 +154,15 @@ def test_a_bound_that_came_with_v_is_used():
         assert_as_good_as_eager(got, op.reference(q, k, bounded, quant), truth(q, k, v))
 
 
+def test_the_bound_is_the_largest_of_however_many():
+    """A large picture has more blocks, over all heads, than the kernel reads at once."""
+    q, k, v = in_format("bf16", *heads(1, 20, 2, 64))
+    scale = torch.full((1, 2, 700), 0.25)
+    scale[0, 1, -1] = 3.0
+    got = run(op.launch(q, k, op.Values(v, scale, 6), Quant("fp8", "bound"), arch=120, tile=DESCRIPTORS))
+    assert torch.equal(got.row_scale, torch.full((1, 20), 3.0))
+
+
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("format", ["bf16", "fp8"])

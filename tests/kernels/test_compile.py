@@ -98,6 +98,8 @@ def test_a_kernel_that_breaks_its_promises_is_found():
     assert "spills" in sentence
     large = dataclasses.replace(resources, shared_bytes=101377)
     assert large.broken(kept) == ["asks for 101377 bytes of shared memory, the limit is 101376"]
+    waiting = dataclasses.replace(resources, serialized=True)
+    assert waiting.broken(kept) == ["waits for each wgmma before the next"]
     changed = {
         "no tma copies": {"copies": "tma"},
         "planned were 99": {"occupancy": 99},
@@ -135,6 +137,7 @@ def hold(arch: int, rows: list[dict]) -> None:
     table = resources.rows(resources.PINNED)
     for row in rows:
         assert row["broken"] == [], row
+        assert not row["serialized"]
         assert row["spill_bytes"] == 0
         assert row["shared_bytes"] <= row["shared_limit"] == ARCHS[arch].shared_limit
         assert row["occupancy"] >= 1
