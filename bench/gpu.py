@@ -47,6 +47,7 @@ from fluxkiln.kernels.formats import Fp8, Nvfp4, Quant
 from fluxkiln.kernels.language import Launch
 from fluxkiln.kernels.layers import Linear, Projection, QKNorm, Streams
 from fluxkiln.kernels.recipe import RECIPES, Recipe
+from fluxkiln.load import default_device
 from fluxkiln.transformer import Transformer
 from fluxkiln.workload import Tokens
 
@@ -555,7 +556,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--contestant", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = default_device(args.device)
     if device.type == "cpu" and not args.tiny:
         parser.error("there is no GPU here; --tiny rehearses on a CPU")
     with torch.inference_mode():

@@ -46,6 +46,7 @@ from fluxkiln.kernels.formats import FP8_MAX, Activation, Quant
 from fluxkiln.kernels.language import Launch
 from fluxkiln.kernels.layers import Linear, Streams
 from fluxkiln.kernels.qkv_rope import Projection
+from fluxkiln.load import default_device
 from fluxkiln.record import versions
 from fluxkiln.verify import allowed, error, exact, sums_of, values
 from fluxkiln.workload import Tokens
@@ -392,7 +393,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = default_device(args.device)
     if device.type == "cpu" and not args.tiny:
         raise ValueError("FLUX.1's shapes take hours in the interpreter: use a GPU, or --tiny for a rehearsal")
     arch = native_arch(device)

@@ -43,6 +43,7 @@ from fluxkiln.kernels.backend import native_arch, refuse
 from fluxkiln.kernels.formats import Fp8
 from fluxkiln.kernels.language import Launch
 from fluxkiln.kernels.tiles import MEASURED, Problem, Tile
+from fluxkiln.load import default_device
 from fluxkiln.record import versions
 
 FINALISTS = 5
@@ -232,7 +233,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = default_device(args.device)
     if device.type == "cpu" and not args.tiny:
         raise ValueError("tiles are timed on a GPU, there is none here; --tiny rehearses on a CPU")
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")

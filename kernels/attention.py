@@ -180,7 +180,7 @@ TILES = {
     (120, "fp8", 64): Tile(128, 64, 8, 4, "tma"),
 }
 
-# With norm and rotation of q inside, those would have each wgmma of Hopper wait for the one before: at head dim 128, four
+# With norm and rotation of q inside, those would have each wgmma of Hopper wait for the last: at head dim 128, four
 # warps have too few registers; at 64, ptxas sees those of q written between two of them.
 TILES_INSIDE = {
     (90, "bf16", 64): Tile(128, 128, 8, 3, "tma"),

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.engines:
         return engines(args)
+    from fluxkiln.load import default_device
     from fluxkiln.verify import SLACK, Verdict, verify
 
     def show(verdict: Verdict) -> None:
@@ -32,10 +33,15 @@ def run(args: argparse.Namespace) -> int:
             result = f"not run: {verdict.refused}"
         else:
             mark = "ok" if verdict.passed else "WRONG"
-            result = f"{verdict.error:.1e}  eager {verdict.eager_error:.1e}  {verdict.seconds:5.1f} s  {mark}"
+            result = f"{verdict.error:.1e}  {verdict.eager_error:11.1e}  {verdict.seconds:5.1f} s  {mark}"
         print(f"{verdict.op:21} {verdict.format:6} {verdict.backend:7} {result}", flush=True)
 
-    verdicts = verify(args.device, args.backend, progress=show)
+    device = default_device(args.device)
+    if not args.json:
+        interpreted = ", where Triton's kernels are interpreted" * (device.type == "cpu")
+        print(f"errors against float64, relative, in the mean square, on {device}{interpreted}")
+        print(f"{'operation':21} format backend   error  eager's own     time")
+    verdicts = verify(device, args.backend, progress=show)
     wrong = [verdict for verdict in verdicts if not verdict.passed]
     if args.json:
         rows = [dataclasses.asdict(verdict) | {"passed": verdict.passed} for verdict in verdicts]

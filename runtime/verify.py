@@ -24,6 +24,7 @@ from fluxkiln.kernels.attention import Values, dequantize_values
 from fluxkiln.kernels.formats import Activation, Quant, dequantize
 from fluxkiln.kernels.layers import Linear, QKNorm, Streams
 from fluxkiln.kernels.recipe import RECIPES, Recipe
+from fluxkiln.load import default_device
 from fluxkiln.select import choose
 from fluxkiln.transformer import Transformer
 
@@ -94,8 +95,11 @@ def verify(
         device: where; None is the GPU if there is one.
         backends: which; `eager` shows what rounding to bf16 costs by itself.
         progress: told every verdict as it comes.
+
+    Raises:
+        ValueError: a GPU that torch does not see.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = default_device(device)
     sizes = FLUX if place.type == "cuda" else SMALL
     verdicts = []
     for verdict in chain(operations(sizes, place, backends), denoises(place, backends)):

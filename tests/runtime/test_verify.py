@@ -57,11 +57,17 @@ def test_a_kernel_that_cannot_run_is_a_verdict_beside_the_others(monkeypatch, ca
     some = [case for case in verify.cases(SMALL, CPU) if case[:2] in (("linear_gelu", "bf16"), ("linear", "bf16"))]
     monkeypatch.setattr(verify, "cases", lambda sizes, device: iter(some))
     assert main(["verify", "--backend", "triton", "--device", "cpu"]) == 1
-    failed, passed, last = capsys.readouterr().out.splitlines()
+    *_, failed, passed, last = capsys.readouterr().out.splitlines()
     assert " ".join(failed.split()) == "linear_gelu bf16 triton FAILED: RuntimeError: PassManager::run failed"
     assert passed.startswith("linear ")
     assert passed.endswith("ok")
     assert last.startswith("1 of 2 failed")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_a_gpu_that_is_not_there(capsys):
+    assert main(["verify", "--device", "cuda"]) == 1
+    assert capsys.readouterr().err == "fluxkiln: device cuda: torch sees 0 CUDA GPUs here\n"
 
 
 def test_the_librarys_error_is_that_of_a_sum():
