@@ -81,7 +81,7 @@ def test_guidance_goes_from_unconditional_through_the_teachers_own_and_beyond() 
     for guidance, wanted in zip(strengths, (1.0, 2.0, 3.0, 4.5, 7.0), strict=True):
         batch = data.Batch(["a red star"], torch.randn(1, 16, 64), None, guidance[None])
         noise = torch.Generator().manual_seed(0)
-        loss = train.velocity_loss(Constant(wanted, 0.0), batch, 64, 64, noise, Constant(3.0, 1.0))  # type: ignore[arg-type]
+        loss = train.velocity_loss(Constant(wanted, 0.0), batch, torch.ones(1), 64, 64, noise, Constant(3.0, 1.0))  # type: ignore[arg-type]
         assert loss < 1e-6
 
 
@@ -89,7 +89,7 @@ def test_guidance_goes_from_unconditional_through_the_teachers_own_and_beyond() 
 def test_one_command_trains_resumes_and_writes_a_pipeline(tmp_path: Path) -> None:
     def command(steps: int) -> None:
         few = ("--reading-steps", "50", "--autoencoder-steps", "2", "--polish-steps", "2", "--decay", "2")
-        late = ("--steps", str(steps), "--sizes-from", "1", "--distill-from", "2")
+        late = ("--steps", str(steps), "--edits-from", "1", "--sizes-from", "1", "--distill-from", "2")
         folders = ("--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"))
         subprocess.run([sys.executable, "-m", "shapes.train", *folders, *few, *late], cwd=TOOLS, check=True)
 

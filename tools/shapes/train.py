@@ -43,8 +43,8 @@ TEACHER_GUIDANCE = 3.5  # any above 2: until then all of these mean the same
 FIRST_CHUNKS, GROW_EVERY = 14, 80  # chunks of 256 at the start, and steps between one more of each kind
 
 
-def times(n: int, noise: torch.Generator) -> Tensor:
-    """`[n]` in 0..1, 1 = noise: four in ten above 0.8, one anywhere, the rest where most of the path bends.
+def times(n: int, noise: torch.Generator, early: float = 0.4) -> Tensor:
+    """`[n]` in 0..1, 1 = noise: a share `early` above 0.8, one in ten anywhere, the rest where most of the path bends.
 
     What is drawn, and in which colour, is decided above 0.9: below, even a noisy picture shows its background, since
     all of its latents say the same, and nobody needs to read the prompt.
@@ -52,20 +52,25 @@ def times(n: int, noise: torch.Generator) -> Tensor:
     middle = torch.sigmoid(torch.randn(n, generator=noise) + 0.2)
     start, anywhere = torch.rand(2, n, generator=noise)
     kind = torch.rand(n, generator=noise)
-    return torch.where(kind < 0.4, 0.8 + 0.2 * start, torch.where(kind < 0.5, anywhere, middle))
+    return torch.where(kind < early, 0.8 + 0.2 * start, torch.where(kind < early + 0.1, anywhere, middle))
 
 
 def velocity_loss(
-    model: Denoiser, batch: Batch, width: int, height: int, noise: torch.Generator, teacher: Denoiser | None = None
+    model: Denoiser,
+    batch: Batch,
+    t: Tensor,
+    width: int,
+    height: int,
+    noise: torch.Generator,
+    teacher: Denoiser | None = None,
 ) -> Tensor:
-    """Flow matching: the model's velocity against noise - picture at a random time of each row.
+    """Flow matching: the model's velocity against noise - picture at the time `t` of each row.
 
     With a `teacher`, against what classifier-free guidance makes of the teacher's velocities, as FLUX.1 [dev] learned
     its guidance: the teacher's own at guidance 2, its unconditional one at 0, and beyond them in the same direction.
     """
     n, length, _ = batch.target.shape
     x1 = torch.randn(batch.target.shape, generator=noise)
-    t = times(n, noise)
     img = torch.lerp(batch.target, x1, t[:, None, None])
     ids = position_ids(height // 16, width // 16)
     if batch.reference is not None:
@@ -88,13 +93,13 @@ def velocity_loss(
 
 
 def micro_batches(
-    pools: dict[tuple, Pool], rng: Random, other_sizes: float, believe: bool
+    pools: dict[tuple, Pool], rng: Random, edits: bool, other_sizes: float, believe: bool
 ) -> list[tuple[Batch, int, int]]:
     """Text to image and edits of one step: 64 px, or another size with probability `other_sizes`."""
     result = []
-    for edit, sizes in ((False, SIZES), (True, EDIT_SIZES)):
+    for edit, sizes in ((False, SIZES), (True, EDIT_SIZES)) if edits else ((False, SIZES),):
         width, height = sizes[0] if rng.random() >= other_sizes else rng.choice(sizes[1:])
-        n = max(4, TOKENS // (width * height // 256 * (2 if edit else 1) + 32))
+        n = max(4, TOKENS * (1 if edits else 2) // (width * height // 256 * (2 if edit else 1) + 32))
         result.append((pools[edit, width, height].batch(n, rng, believe and not edit), width, height))
     return result
 
@@ -137,10 +142,12 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         if step >= args.distill_from and teacher is None:
             teacher = load_denoiser(run, run / f"average-{args.distill_from:06}.pt")
-        batches = micro_batches(pools, rng, 0.3 if step >= args.sizes_from else 0.0, teacher is not None)
+        edits, other_sizes = step >= args.edits_from, 0.3 if step >= args.sizes_from else 0.0
+        batches = micro_batches(pools, rng, edits, other_sizes, teacher is not None)
         for batch, width, height in batches:
+            t = times(len(batch.captions), noise, 0.4 if edits else 0.8)
             guide = teacher if batch.reference is None else None
-            loss = velocity_loss(model, batch, width, height, noise, guide) / len(batches)
+            loss = velocity_loss(model, batch, t, width, height, noise, guide) / len(batches)
             loss.backward()
             total += loss.item()
         average_gradients(parameters)
@@ -211,6 +218,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
     parser.add_argument("--steps", type=int, default=12_000, help="steps of the denoiser")
     parser.add_argument("--decay", type=int, default=3_000, help="last steps, in which the learning rate falls to 0")
+    parser.add_argument(
+        "--edits-from",
+        type=int,
+        default=1_500,
+        help="until this step prompts alone and mostly noise: what lies where is learned all at once or not at all",
+    )
     parser.add_argument(
         "--sizes-from", type=int, default=4_000, help="step from which other sizes than 64 px are mixed in"
     )
