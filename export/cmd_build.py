@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         if peak > need:
             say(beyond)
         say(
-            f"{arch}: built in {built.seconds:.0f} s and {peak / GIB:.1f} GiB of memory, {len(built.plan) / 1e6:.1f} MB, "
+            f"{arch}: built in {built.seconds:.0f} s and {peak / GIB:.1f} GiB, {len(built.plan) / 1e6:.1f} MB, "
             f"products {built.structure.products or 'not held'}, attention {built.structure.attentions or 'not held'}: "
             f"{folder}"
         )

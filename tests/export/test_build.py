@@ -107,7 +107,7 @@ def test_products_stay_what_they_are_beside_a_lora(precision: str, arch: str) ->
 
 
 class Joined(OnnxOps):
-    """Two savings that cost the engine its FP4: text and image are quantised as one and cut behind that, and one product
+    """Two savings that cost an engine its FP4: text and image are quantised as one and cut behind that, and one product
     makes q, k and v. The graph's numbers are the same."""
 
     def norm_modulate(self, x: Joint, *args: Any, out: Quant | None = None) -> Joint:
