@@ -9,7 +9,8 @@ from fluxkiln import load_transformer
 from fluxkiln.checkpoint import open_checkpoint, save_checkpoint
 from fluxkiln.config import FluxConfig, scaled_axes
 from fluxkiln.kernels import eager_ops
-from fluxkiln.kernels.backend import Arena, CapturedStep, Triton, native_arch, triton_ops
+from fluxkiln.kernels.backend import Arena, CapturedStep, Triton, compile_step, native_arch, triton_ops
+from fluxkiln.kernels.compile import no_gpu
 from fluxkiln.kernels.recipe import RECIPES, Recipe
 from fluxkiln.quantize import Layers
 from fluxkiln.transformer import Transformer
@@ -194,6 +195,20 @@ def test_layers_tell_what_they_are_bound_to(path):
         assert described["mlp_in"].weights == 4 * 128 * 128
         assert described["qkv"].weights == 2 * 3 * 128 * 128
         assert described["mlp_in"].emulated == (who == "eager")
+
+
+@pytest.mark.long  # compiles nine kernels or so
+@pytest.mark.compiled
+def test_all_that_a_step_will_launch_is_compiled_before():
+    config, told = config_of(128, 1), []
+    shapes = config.tensor_shapes().items()
+    tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes}
+    model = Transformer(config, tensors, triton_ops("meta", arch=90))
+    with no_gpu(90):
+        count = compile_step(model, 1, TEXT, 12, lambda done, total: told.append((done, total)))
+        assert count > 6
+        assert told == [(i + 1, count) for i in range(count)]
+        assert compile_step(model, 2, TEXT, 12) == 0  # the number of images is no reason to compile again
 
 
 def test_the_architecture_is_the_devices_or_its_nearest_relatives(monkeypatch):
