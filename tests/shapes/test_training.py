@@ -89,7 +89,7 @@ def test_guidance_goes_from_unconditional_through_the_teachers_own_and_beyond() 
 def test_one_command_trains_resumes_and_writes_a_pipeline(tmp_path: Path) -> None:
     def command(steps: int) -> None:
         few = ("--reading-steps", "50", "--autoencoder-steps", "2", "--polish-steps", "2", "--decay", "2")
-        late = ("--steps", str(steps), "--edits-from", "1", "--sizes-from", "1", "--distill-from", "2")
+        late = ("--steps", str(steps), "--edits-from", "1", "--sizes-from", "100", "--distill-from", "2")
         folders = ("--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"))
         subprocess.run([sys.executable, "-m", "shapes.train", *folders, *few, *late], cwd=TOOLS, check=True)
 
