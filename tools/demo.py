@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw
 
 import fluxkiln
 
-PROMPT = "a medium green star on the left of a white background"
+PROMPT = "a medium white star on the left of a blue background"
 EDIT = "move the star to the right"
-MASKED = "add a small blue circle at the top right"
+MASKED = "add a small black circle at the top right"
 SIDE, GAP, LINE = 256, 8, 14  # pixels: of a picture, between two, and of a line of text
 
 
