@@ -73,9 +73,8 @@ def captured(run: Callable[[], Any]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    inputs = run  # the graph reads their memory, but does not own it
 
-    def replay(inputs: Any = inputs) -> None:
+    def replay(held: Any = run) -> None:  # the graph reads the memory of what `run` holds, but does not own it
         graph.replay()
 
     return replay
