@@ -21,7 +21,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import mse_loss
 
@@ -141,6 +141,7 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
         noise = torch.Generator().manual_seed(rng.getrandbits(62))
         optimizer.zero_grad()
         if step >= args.distill_from and teacher is None:
+            distributed.barrier()  # worker 0 may still be writing it
             teacher = load_denoiser(run, run / f"average-{args.distill_from:06}.pt")
         edits, other_sizes = step >= args.edits_from, 0.3 if step >= args.sizes_from else 0.0
         batches = micro_batches(pools, rng, edits, other_sizes, teacher is not None)
