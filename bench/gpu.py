@@ -520,7 +520,7 @@ def _run(command: Sequence[str], timeout: float) -> tuple[int | None, str, str]:
         output, errors = process.communicate(timeout=timeout)
     except BaseException as stopped:  # too slow, or interrupted: its compilers too
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()  # ends when the last that could write has gone
         if isinstance(stopped, subprocess.TimeoutExpired):
             return None, "", ""
         raise
