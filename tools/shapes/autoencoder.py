@@ -63,23 +63,29 @@ def _reconstruction(made: Tensor, picture: Tensor) -> Tensor:
 
 
 def train(
-    rank: int, path: Path, steps: int, seed: int, log: Callable[..., None], encoder_from: Path | None = None
+    rank: int,
+    path: Path,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    log: Callable[..., None],
+    encoder_from: Path | None = None,
 ) -> None:
     """One worker's part of training the tensors at `path`: reconstruction in L1 and L2, with noise on the latents.
 
     With `encoder_from`, start from that autoencoder and leave its encoder, and so every latent there is, as it was.
     """
     torch.manual_seed(seed)
-    model, config, began = Autoencoder(AUTOENCODER), AUTOENCODER, time.time()
+    model, config, began = Autoencoder(AUTOENCODER).to(device), AUTOENCODER, time.time()
     if encoder_from is not None:
-        model.load_state_dict(torch.load(encoder_from))
+        model.load_state_dict(torch.load(encoder_from, map_location=device))
         model.encoder.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = Muon([p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1])
     average, start = {name: tensor.clone() for name, tensor in model.state_dict().items()}, 0
     partial = path.with_suffix(".partial")
     if partial.exists():
-        state = torch.load(partial)
+        state = torch.load(partial, map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average, start = state["average"], state["step"]
@@ -88,10 +94,14 @@ def train(
         rng = Random(f"{seed} {path.stem} {step} {rank}")
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        picture = _pictures(rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        picture = _pictures(rng).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
             mean, _ = model.encode_moments(picture)
-            spread = 0.05 * mean.detach().float().std((0, 2, 3), keepdim=True) * torch.rand(len(mean), 1, 1, 1)
+            spread = (
+                0.05
+                * mean.detach().float().std((0, 2, 3), keepdim=True)
+                * torch.rand(len(mean), 1, 1, 1, device=device)
+            )
             raw = mean + spread * torch.randn_like(mean)
             again = model.decode((raw - config.shift_factor) * config.scaling_factor).float()
         size = 5e-5 * mean.float().square().mean()  # keeps the latents from growing away from the noise

@@ -80,7 +80,8 @@ class Pool:
 
     def _encode(self, scenes: list[Scene]) -> Tensor:
         # Not under no_grad, in which the autoencoder would take its pictures one by one.
-        return pack(self.autoencoder.encode(pixels(scenes, *self.size)).detach()).to(torch.bfloat16)
+        pictures = pixels(scenes, *self.size).to(next(self.autoencoder.parameters()).device)
+        return pack(self.autoencoder.encode(pictures).detach()).to("cpu", torch.bfloat16)
 
     def batch(self, n: int, rng: Random, believe: bool = False) -> Batch:
         """`n` random samples, with what teaches guidance mixed in unless every prompt is to be believed.

@@ -105,7 +105,7 @@ class Denoiser(nn.Module):
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Text sequence `[B, 32, 128]` and pooled text `[B, 128]`; as in FLUX.1, padding is not masked."""
-        clip_ids, t5_ids = self.tokenize(captions)
+        clip_ids, t5_ids = (ids.to(self.t5.device) for ids in self.tokenize(captions))
         return self.t5(t5_ids).last_hidden_state, self.clip(clip_ids).pooler_output
 
     def native(self) -> dict[str, Tensor]:
@@ -116,7 +116,7 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """Velocity `[B, L_img, 64]`; reference tokens are part of `img`."""
         model = Transformer(TRANSFORMER, self.native())
-        return model(img, txt, pooled, timestep, guidance, img_ids, torch.zeros(txt.shape[1], 3))
+        return model(img, txt, pooled, timestep, guidance, img_ids, img_ids.new_zeros(txt.shape[1], 3))
 
 
 def _digest(tokenizer: Path) -> str:

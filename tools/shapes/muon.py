@@ -66,8 +66,8 @@ class Muon(torch.optim.Optimizer):
                     self._adamw(p, p.grad, group["lr"])
 
     def _updates(self, parameters: list[Tensor]) -> list[Tensor]:
-        many = distributed.is_initialized()
-        rank, workers = (distributed.get_rank(), distributed.get_world_size()) if many else (0, 1)
+        alone = not distributed.is_initialized()
+        rank, workers = (0, 1) if alone else (distributed.get_rank(), distributed.get_world_size())
         order = sorted(range(len(parameters)), key=lambda i: -parameters[i].numel())  # deals out equal work
         updates = [torch.zeros_like(p, dtype=torch.bfloat16) for p in parameters]
         for turn, i in enumerate(order):
@@ -77,7 +77,7 @@ class Muon(torch.optim.Optimizer):
             if turn % workers == rank:
                 matrix = torch.lerp(p.grad, momentum, 0.95).reshape(len(p), -1)
                 updates[i] = orthogonalize(matrix).mul_(_UPDATE_RMS * max(matrix.shape) ** 0.5).view_as(p).bfloat16()
-        if many:
+        if workers > 1:
             flat = torch.cat([update.flatten() for update in updates])
             distributed.all_reduce(flat)  # each is zero in all workers but one
             updates = [

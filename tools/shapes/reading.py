@@ -117,18 +117,21 @@ def loss_and_right(answers: list[Tensor], samples: list[captions.Sample]) -> tup
     told = [facts(sample) for sample in samples]
     losses, right, asked = [], 0, 0
     for (field, values), answer in zip(FIELDS.items(), answers, strict=True):
-        target = torch.tensor([values.index(facts[field]) if field in facts else -1 for facts in told])
+        asked_of = [values.index(facts[field]) if field in facts else -1 for facts in told]
+        target = torch.tensor(asked_of, device=answer.device)
         losses.append(cross_entropy(answer, target, ignore_index=-1, reduction="sum"))
         right += int((answer.argmax(1) == target).sum())
         asked += int((target >= 0).sum())
     return torch.stack(losses).sum() / asked, right / asked
 
 
-def train(rank: int, run: Path, out: Path, steps: int, seed: int, log: Callable[..., None]) -> None:
+def train(
+    rank: int, run: Path, out: Path, steps: int, seed: int, device: torch.device, log: Callable[..., None]
+) -> None:
     """One worker's loop; worker 0 writes the state of a T5 that can read to `out`."""
     torch.manual_seed(seed)
-    model = Denoiser(run / "tokenizers")
-    reader = Reader(model.t5.config.d_model)
+    model = Denoiser(run / "tokenizers").to(device)
+    reader = Reader(model.t5.config.d_model).to(device)
     hidden, other = matrices(model.t5)
     optimizer = Muon(hidden, [*other, *reader.parameters()])
     parameters, total = [*model.t5.parameters(), *reader.parameters()], 0.0
@@ -136,7 +139,7 @@ def train(rank: int, run: Path, out: Path, steps: int, seed: int, log: Callable[
         rng = Random(f"{seed} reading {step} {rank}")
         samples = [training_sample(rng, edit=i % 2 == 1) for i in range(BATCH)]
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             answers = reader(model.encode([s.caption for s in samples])[0])
         loss, right = loss_and_right([a.float() for a in answers], samples)
         loss.backward()

@@ -7,7 +7,8 @@
     decoder      a last polish with the encoder fixed
 
 Every stage is seeded and resumes where it stopped. Training runs in `--workers` processes of one thread each that
-average their gradients: on few cores this is faster than threads, which wait for each other at every operation.
+average their gradients: on few cores this is faster than threads, which wait for each other at every operation. On a
+GPU, one does: `--device cuda --workers 1`.
 """
 
 from __future__ import annotations
@@ -64,32 +65,34 @@ def velocity_loss(
     noise: torch.Generator,
     teacher: Denoiser | None = None,
 ) -> Tensor:
-    """Flow matching: the model's velocity against noise - picture at the time `t` of each row.
+    """Flow matching: the model's velocity against noise - picture at the time `t` of each row, on `t`'s device.
 
     With a `teacher`, against what classifier-free guidance makes of the teacher's velocities, as FLUX.1 [dev] learned
     its guidance: the teacher's own at guidance 2, its unconditional one at 0, and beyond them in the same direction.
     """
     n, length, _ = batch.target.shape
-    x1 = torch.randn(batch.target.shape, generator=noise)
-    img = torch.lerp(batch.target, x1, t[:, None, None])
+    x0, guidance = batch.target.to(t.device), batch.guidance.to(t.device)
+    x1 = torch.randn(x0.shape, generator=noise).to(t.device)
+    img = torch.lerp(x0, x1, t[:, None, None])
     ids = position_ids(height // 16, width // 16)
     if batch.reference is not None:
         blur = 0.03 * torch.randn(batch.reference.shape, generator=noise)
-        img = torch.cat((img, batch.reference + blur), 1)
+        img = torch.cat((img, (batch.reference + blur).to(t.device)), 1)
         ids = torch.cat((ids, position_ids(height // 16, width // 16, 1)))
-    # At these lengths the fused attention's backward takes twice as long as plain products do.
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    ids = ids.to(t.device)
+    # At these lengths the fused attention's backward takes twice as long as plain products do on a CPU.
+    with torch.autocast(t.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         txt, pooled = model.encode(batch.captions)
-        velocity = model(img, txt, pooled, t, batch.guidance, ids)[:, :length]
+        velocity = model(img, txt, pooled, t, guidance, ids)[:, :length]
         if teacher is None:
-            return mse_loss(velocity.float(), x1 - batch.target)
+            return mse_loss(velocity.float(), x1 - x0)
         with torch.no_grad():
-            believed = torch.full_like(batch.guidance, TEACHER_GUIDANCE)
+            believed = torch.full_like(guidance, TEACHER_GUIDANCE)
             told, untold = (
                 teacher(img, *teacher.encode(captions), t, believed, ids).float()
                 for captions in (batch.captions, [""] * n)
             )
-    return mse_loss(velocity.float(), torch.lerp(untold, told, batch.guidance[:, None, None] / 2))
+    return mse_loss(velocity.float(), torch.lerp(untold, told, guidance[:, None, None] / 2))
 
 
 def micro_batches(
@@ -113,18 +116,18 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
     """One worker's loop; worker 0 keeps the books."""
     run: Path = args.run
     torch.manual_seed(args.seed)
-    model = Denoiser(run / "tokenizers")
+    model = Denoiser(run / "tokenizers").to(args.device)
     parameters = list(model.parameters())
     optimizer = Muon(*matrices(model))
     average, start, path = [p.detach().clone() for p in parameters], 0, run / "denoiser.pt"
     if path.exists():
-        state = torch.load(path)
+        state = torch.load(path, map_location=args.device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average, start = state["average"], state["step"]
     else:
         model.t5.load_state_dict(torch.load(run / "t5.pt"))
-    autoencoder = load_autoencoder(run / "autoencoder.pt")
+    autoencoder = load_autoencoder(run / "autoencoder.pt").to(args.device)
     pools = {
         (edit, *size): Pool(run / "latents", autoencoder, edit, *size, seed=args.seed * 100 + rank)
         for edit, sizes in ((False, SIZES), (True, EDIT_SIZES))
@@ -142,11 +145,11 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         if step >= args.distill_from and teacher is None:
             distributed.barrier()  # worker 0 may still be writing it
-            teacher = load_denoiser(run, run / f"average-{args.distill_from:06}.pt")
-        edits, other_sizes = step >= args.edits_from, 0.3 if step >= args.sizes_from else 0.0
+            teacher = load_denoiser(run, run / f"average-{args.distill_from:06}.pt").to(args.device)
+        edits, other_sizes = step >= args.edits_from, 0.25 if step >= args.sizes_from else 0.0
         batches = micro_batches(pools, rng, edits, other_sizes, teacher is not None)
         for batch, width, height in batches:
-            t = times(len(batch.captions), noise, 0.4 if edits else 0.8)
+            t = times(len(batch.captions), noise, 0.4 if edits else 0.8).to(args.device)
             guide = teacher if batch.reference is None else None
             loss = velocity_loss(model, batch, t, width, height, noise, guide) / len(batches)
             loss.backward()
@@ -178,7 +181,7 @@ def log(run: Path, **entry: float | str) -> None:
 
 def load_autoencoder(path: Path) -> Autoencoder:
     model = Autoencoder(AUTOENCODER)
-    model.load_state_dict(torch.load(path))
+    model.load_state_dict(torch.load(path, map_location="cpu"))
     return model.eval()
 
 
@@ -186,7 +189,7 @@ def load_denoiser(run: Path, average: Path) -> Denoiser:
     """The averaged weights of a snapshot."""
     model = Denoiser(run / "tokenizers")
     with torch.no_grad():
-        for p, value in zip(model.parameters(), torch.load(average), strict=True):
+        for p, value in zip(model.parameters(), torch.load(average, map_location="cpu"), strict=True):
             p.copy_(value)
     return model.eval()
 
@@ -197,9 +200,9 @@ def train_autoencoder(args: argparse.Namespace) -> None:
     if (run / "autoencoder.pt").exists():
         return
     if not (raw := run / "autoencoder-raw.pt").exists():
-        workers.run(ae.train, args.workers, run, raw, args.autoencoder_steps, args.seed, partial(log, run))
-    model = Autoencoder(AUTOENCODER)
-    model.load_state_dict(torch.load(raw))
+        log_here = partial(log, run)
+        workers.run(ae.train, args.workers, run, raw, args.autoencoder_steps, args.seed, args.device, log_here)
+    model = load_autoencoder(raw)
     ae.whiten(model, Random(f"{args.seed} whiten"))
     workers.save(model.state_dict(), run / "autoencoder.pt")
 
@@ -208,9 +211,9 @@ def polish_decoder(args: argparse.Namespace) -> None:
     """Write `decoder.pt`: the autoencoder with a decoder that is used to its whitened latents."""
     path, whitened = args.run / "decoder.pt", args.run / "autoencoder.pt"
     if not path.exists():
-        workers.run(
-            ae.train, args.workers, args.run, path, args.polish_steps, args.seed, partial(log, args.run), whitened
-        )
+        log_here = partial(log, args.run)
+        more = (args.polish_steps, args.seed, args.device, log_here, whitened)
+        workers.run(ae.train, args.workers, args.run, path, *more)
 
 
 def main() -> None:
@@ -234,7 +237,8 @@ def main() -> None:
     parser.add_argument("--reading-steps", type=int, default=1_500)
     parser.add_argument("--autoencoder-steps", type=int, default=6_000)
     parser.add_argument("--polish-steps", type=int, default=2_000, help="of the decoder alone, at the end")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 1 for a GPU")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda (default: cpu)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
@@ -243,7 +247,8 @@ def main() -> None:
     train_autoencoder(args)
     if not (t5 := args.run / "t5.pt").exists():
         log_here = partial(log, args.run)
-        workers.run(reading.train, args.workers, args.run, args.run, t5, args.reading_steps, args.seed, log_here)
+        more = (args.reading_steps, args.seed, args.device, log_here)
+        workers.run(reading.train, args.workers, args.run, args.run, t5, *more)
     workers.run(train_denoiser, args.workers, args.run, args)
     polish_decoder(args)
     model = load_denoiser(args.run, args.run / f"average-{args.steps:06}.pt")

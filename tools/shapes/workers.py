@@ -31,6 +31,8 @@ def _enter(rank: int, function: Callable[..., None], workers: int, rendezvous: s
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the workers."""
+    if distributed.get_world_size() == 1:
+        return
     parameters = list(parameters)
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     distributed.all_reduce(flat)
