@@ -266,6 +266,9 @@ def compile_step(
 
     Returns:
         number of different kernels.
+
+    Raises:
+        Exception: Triton's or ptxas', of the first kernel that does not compile.
     """
     from triton import AsyncCompileMode
 
@@ -280,7 +283,8 @@ def compile_step(
             torch.empty(batch, rows, config.hidden_size, **like),
             rope,
         )
-    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool) as mode:
+    # Errors are raised below: raised where the mode ends, they would leave Triton 3.6 and 3.7 in it for good.
+    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True) as mode:
         for launch in launches:
             if not isinstance(launch, Launch):
                 continue

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import triton
 
 from fluxkiln import load_transformer
 from fluxkiln.checkpoint import open_checkpoint, save_checkpoint
@@ -11,6 +12,7 @@ from fluxkiln.config import FluxConfig, scaled_axes
 from fluxkiln.kernels import eager_ops
 from fluxkiln.kernels.backend import Arena, CapturedStep, Triton, compile_step, native_arch, triton_ops
 from fluxkiln.kernels.compile import no_gpu
+from fluxkiln.kernels.language import Launch, jit, tl
 from fluxkiln.kernels.recipe import RECIPES, Recipe
 from fluxkiln.quantize import Layers
 from fluxkiln.transformer import Transformer
@@ -209,6 +211,24 @@ def test_all_that_a_step_will_launch_is_compiled_before():
         assert count > 6
         assert told == [(i + 1, count) for i in range(count)]
         assert compile_step(model, 2, TEXT, 12) == 0  # the number of images is no reason to compile again
+
+
+@jit
+def _not_a_kernel(x_ptr, WHICH: tl.constexpr):
+    tl.static_assert(False, "nothing compiles this")
+
+
+def test_a_kernel_that_does_not_compile_leaves_the_others_compilable(monkeypatch):
+    config = config_of(64, 2)
+    shapes = config.tensor_shapes().items()
+    tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes}
+    model = Transformer(config, tensors, triton_ops("meta", arch=90))
+    with no_gpu(90):
+        for which in range(2):  # the second time Triton would say that it is compiling already
+            launch = Launch(_not_a_kernel, (1,), (torch.empty(16, device="meta"),), {"WHICH": which})
+            monkeypatch.setattr(model, "step", lambda *_, it=launch: model.ops.pack.__self__._collected.append(it))
+            with pytest.raises(triton.CompilationError, match="nothing compiles this"):
+                compile_step(model, 1, TEXT, 12)
 
 
 def test_the_architecture_is_the_devices_or_its_nearest_relatives(monkeypatch):
