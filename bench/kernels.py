@@ -10,7 +10,8 @@ Each kind of call in a step (see `cases`) is a case; its contestants are
     flash, cudnn     torch's attention, in bf16
 
 A result is a file of JSON lines, written as soon as they are measured: first the machine, its versions and its roofs
-(copy bandwidth and the library's large matrix products, by the same timer), then a row for each case and contestant.
+(copy bandwidth and the library's large matrix products, by the same timer) and what that timer finds for a kernel that
+has nothing to do (`us_empty`, part of every other time), then a row for each case and contestant.
 Run again, it goes on where it stopped; other kernels, another GPU or other versions start anew.
 """
 
@@ -37,7 +38,7 @@ from torch import Tensor
 import fluxkiln.kernels
 from fluxkiln.bench import report
 from fluxkiln.bench.cases import SIZES, Case, arguments, everything
-from fluxkiln.bench.measure import LOST, Samples, lost, measure, roofs, watched
+from fluxkiln.bench.measure import LOST, Samples, empty, lost, measure, roofs, watched
 from fluxkiln.bench.step import TINY
 from fluxkiln.config import DEV
 from fluxkiln.kernels import formats, registry
@@ -304,7 +305,10 @@ def bench(
     if not left:
         return True
     found = roofs(device, registry.FORMATS, side, budget)
-    results.add({"kind": "run", "identity": results.identity, "card": card(device), "roofs": found})
+    nothing = round(1e6 * empty(device, budget), 3)
+    results.add(
+        {"kind": "run", "identity": results.identity, "card": card(device), "roofs": found, "us_empty": nothing}
+    )
     for case in left:
         if time.monotonic() > deadline:
             return False

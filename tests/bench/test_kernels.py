@@ -108,6 +108,7 @@ def test_rows_are_written_as_they_come_and_not_measured_twice(tmp_path):
     assert kernels.bench(CPU, results, [case], budget=1e-4, side=64)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows[0]["kind"] == "run"
+    assert 0 < rows[0]["us_empty"] < 1e6
     assert rows[-1] == {"kind": "done", "case": case.key}
     ours = next(row for row in rows if row.get("contestant") == "triton")
     assert ours["passed"]
