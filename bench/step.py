@@ -176,7 +176,7 @@ def _transformer(spec: Spec, tensors: Mapping[str, Tensor]) -> Network:
 
 
 def _choose(backend: str, config: FluxConfig, precision: str, device: torch.device, dtype: str) -> Choice:
-    """A backend; `trt` runs an engine without weights that the store has for such a model."""
+    """A backend; `trt` runs an engine without weights that the store has for such a model, timed slower or not."""
     recipe = RECIPES[precision]
 
     def shadow() -> ByRecipe:
@@ -190,7 +190,7 @@ def _choose(backend: str, config: FluxConfig, precision: str, device: torch.devi
 
         return find(config, recipe, device, DTYPES[dtype], shadow)
 
-    return choose(backend, config, recipe, device, DTYPES[dtype], find=find)
+    return choose(backend, config, recipe, device, DTYPES[dtype], find=find, insist=True)
 
 
 # --- time ----------------------------------------------------------------------------------------

@@ -53,12 +53,13 @@ def load_transformer(
         path: a single file, a diffusers folder (the transformer's or the pipeline's), ComfyUI's files, a hub
             repository, or a bundled model's name.
         precision: of the block linears: `fp32`, `bf16`, `fp8` or `nvfp4`.
-        backend: `eager`, `triton`, `trt` (an engine from the store), or `auto`: the fastest that can run it here.
+        backend: `eager`, `triton`, `trt` (an engine from the store, unless it was timed slower than Triton here), or
+            `auto`: the fastest that can run it here.
         device: where it runs; None is the GPU if there is one.
         dtype: of everything else; None follows the precision.
         recipe: which layer gets which format, where it is not the precision's own; a JSON file of one will do.
         fallback: take another backend if the one asked for cannot run this, and say so in the record.
-        engine: which one `trt` runs, by the beginning of its key or its folder; None finds one that fits.
+        engine: which one `trt` runs, slower or not: the beginning of its key, or its folder; None finds one that fits.
 
     Raises:
         CheckpointError: the path holds something else, or is damaged.
@@ -81,7 +82,7 @@ def load_transformer(
         raise ValueError(f"engine is for backend trt, got backend {backend!r}")
     config, layers = checkpoint.config, partial(Layers, checkpoint, recipe, dtype=dtype)
     find = partial(_find, checkpoint, recipe, place, dtype, engine)
-    choice = choose(backend, config, recipe, place, dtype, fallback, find)
+    choice = choose(backend, config, recipe, place, dtype, fallback, find, insist=engine is not None)
     model: Network
     if (stored := choice.engine) is not None:
         from fluxkiln.engine import EngineTransformer, differences, open_session, supply

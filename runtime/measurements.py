@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -114,20 +113,25 @@ def choose(
         if (m.device, m.model) == (device, model):
             times.setdefault(m.backend, {})[m.tokens] = m.seconds
 
-    def ratio(one: str, other: str) -> float | None:
-        common = times.get(one, {}).keys() & times.get(other, {}).keys()
-        return statistics.median(times[one][at] / times[other][at] for at in sorted(common)) if common else None
+    def seconds(one: str, other: str) -> tuple[float, float] | None:
+        """Of both, at the size whose ratio is the median of all ratios."""
+        mine, theirs = times.get(one, {}), times.get(other, {})
+        both = sorted(((mine[at], theirs[at]) for at in mine.keys() & theirs.keys()), key=lambda t: t[0] / t[1])
+        return both[len(both) // 2] if both else None
 
     best = backends[0]
     for other in backends[1:]:
-        if (r := ratio(other, best)) is not None and r < 1 - MARGIN:
+        if (pair := seconds(other, best)) and pair[0] / pair[1] < 1 - MARGIN:
             best = other
     others = [other for other in backends if other != best]
-    measured = {other: r for other in others if (r := ratio(other, best)) is not None}
-    reasons = dict.fromkeys(others, f"it was not timed beside {best} on {device}")
-    for other, r in measured.items():
-        close = "" if 1 / r < 1 - MARGIN else ", too close to decide: the fixed order does"
-        reasons[other] = f"its step takes {r:.2f} times as long as {best}'s on {device}{close}"
+    reasons, measured = dict.fromkeys(others, f"it was not timed beside {best} on {device}"), {}
+    for other in others:
+        if pair := seconds(other, best):
+            own, least = pair
+            measured[other] = r = own / least
+            close = "" if 1 / r < 1 - MARGIN else ", too close to decide: the fixed order does"
+            took = f"{r:.2f} times as long as {best}'s on {device} ({own:.3g} s against {least:.3g} s)"
+            reasons[other] = f"its step takes {took}{close}"
     if not others:
         why = "the only one that can run this here"
     elif measured:

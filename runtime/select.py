@@ -54,17 +54,19 @@ def choose(
     dtype: torch.dtype,
     fallback: bool = False,
     find: Callable[[], Stored | str] = lambda: "there is no checkpoint to find an engine for",
+    insist: bool = False,
     known: Iterable[measurements.Measurement] | None = None,
 ) -> Choice:
     """The backend for a model: the one asked for, or with `auto` the fastest that can run it on `device`.
 
     Args:
         find: looks for an engine for the model: one, or why there is none.
-        known: measurements that `auto` compares by; None reads those of the release and of this user.
+        insist: run an engine that was timed slower than Triton here, if `trt` was asked for; otherwise that is refused.
+        known: measurements to compare by; None reads those of the release and of this user.
 
     Raises:
         ValueError: no such backend.
-        RefusedError: it cannot run this, and `fallback` is not set; or no backend can.
+        RefusedError: it cannot run this, or is a slower engine, and `fallback` is not set; or no backend can.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -98,9 +100,17 @@ def choose(
     else:
         name, why, measured = able[0], "asked for", {}
         notices = [f"backend {other} cannot run this: {reason}" for other, reason in reasons.items()]
-        if name == "trt" and (pick := compare(["trt", "triton"])).backend == "triton":
-            notices.append(f"backend triton is faster: trt was asked for, and {pick.reasons['trt']}")
-            measured = {"triton": 1 / pick.measured["trt"]}
+        alone = _refuse("triton", config, recipe, device, dtype) is not None
+        if engine and not alone and (pick := compare(["trt", "triton"])).backend == "triton":
+            slower = f"backend trt is slower than triton: {pick.reasons['trt']}"
+            notices.append(slower)
+            if insist:
+                measured = {"triton": 1 / pick.measured["trt"]}
+            elif fallback:
+                name, measured, reasons = "triton", pick.measured, pick.reasons
+            else:
+                again = f"time both again with `fluxkiln bench step`, or name the engine (--engine {engine.key})"
+                raise RefusedError(f"{slower}: take backend triton, {again} to run it all the same")
     return Choice(
         backend=name,
         ops=None if name == "trt" else _ops(name, recipe, device),

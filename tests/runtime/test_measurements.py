@@ -42,8 +42,8 @@ def test_the_fastest_is_picked_and_the_reasons_said() -> None:
         "triton",
         f"its step was timed on {H100}: trt's takes 1.25 times as long, eager's takes 2.50 times as long",
         {
-            "trt": f"its step takes 1.25 times as long as triton's on {H100}",
-            "eager": f"its step takes 2.50 times as long as triton's on {H100}",
+            "trt": f"its step takes 1.25 times as long as triton's on {H100} (1 s against 0.8 s)",
+            "eager": f"its step takes 2.50 times as long as triton's on {H100} (2 s against 0.8 s)",
         },
         {"trt": 1.25, "eager": 2.5},
     )
@@ -60,7 +60,8 @@ def test_close_calls_and_no_measurements_fall_to_the_order() -> None:
     pick = picked(result("trt", 1.0), result("triton", 0.96))
     assert pick.backend == "trt"
     assert pick.reasons["triton"] == (
-        f"its step takes 0.96 times as long as trt's on {H100}, too close to decide: the fixed order does"
+        f"its step takes 0.96 times as long as trt's on {H100} (0.96 s against 1 s), too close to decide: the fixed "
+        "order does"
     )
     assert picked(order=("eager",)).why == "the only one that can run this here"
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import fluxkiln
-from fluxkiln import cmd_generate, select
+from fluxkiln import cmd_generate, load, select
+from fluxkiln.bench import step
 from fluxkiln.cli import main
 from fluxkiln.config import DEV
 from fluxkiln.engines.store import Stored
@@ -71,8 +72,10 @@ def measured(backend: str, seconds: float, tokens: Tokens = USUAL) -> None:
     keep(result, local_folder())
 
 
-def chosen(backend: str = "auto", recipe: Recipe = RECIPES["fp8"], found: Stored | str = ENGINE) -> Choice:
-    return choose(backend, DEV, recipe, GPU, torch.bfloat16, find=lambda: found)
+def chosen(
+    backend: str = "auto", recipe: Recipe = RECIPES["fp8"], found: Stored | str = ENGINE, **options: bool
+) -> Choice:
+    return choose(backend, DEV, recipe, GPU, torch.bfloat16, find=lambda: found, **options)
 
 
 @pytest.mark.usefixtures("card")
@@ -95,14 +98,49 @@ def test_an_engine_timed_slower_than_triton_is_refused() -> None:
     assert (choice.backend, choice.engine) == ("triton", None)
     assert choice.ops is not None
     assert choice.measured == {"trt": 1.25}
-    assert choice.reasons["trt"] == f"its step takes 1.25 times as long as triton's on {CARD}"
-    asked = chosen("trt")
-    assert (asked.backend, asked.engine, asked.measured) == ("trt", ENGINE, {"triton": 0.8})
-    assert asked.notices == (
-        f"backend triton is faster: trt was asked for, and its step takes 1.25 times as long as triton's on {CARD}",
+    slower = f"its step takes 1.25 times as long as triton's on {CARD} (0.25 s against 0.2 s)"
+    assert choice.reasons["trt"] == slower
+    with pytest.raises(RefusedError) as refusal:
+        chosen("trt")
+    assert str(refusal.value) == (
+        f"backend trt is slower than triton: {slower}: take backend triton, time both again with `fluxkiln bench step`, "
+        "or name the engine (--engine 0123) to run it all the same"
     )
+    instead = chosen("trt", fallback=True)
+    assert (instead.backend, instead.engine, instead.measured) == ("triton", None, {"trt": 1.25})
+    assert (instead.fallback, instead.reasons) == (True, {"trt": slower})
+    named = chosen("trt", insist=True)
+    assert (named.backend, named.engine, named.measured) == ("trt", ENGINE, {"triton": 0.8})
+    for each in (instead, named):
+        assert each.notices == (f"backend trt is slower than triton: {slower}",)
     measured("triton", 0.24)  # measured again: now within 5 %
     assert chosen().backend == "trt"
+    assert chosen("trt").notices == ()
+
+
+@pytest.mark.usefixtures("card")
+def test_who_names_an_engine_or_measures_it_runs_it_slower_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it can be timed again, and an image repeated."""
+    measured("trt", 0.25)
+    measured("triton", 0.2)
+    monkeypatch.setattr("fluxkiln.engine.find", lambda *args: ENGINE)
+    assert step._choose("trt", DEV, "fp8", GPU, "bf16").backend == "trt"
+    told: list[bool] = []
+    monkeypatch.setattr(load, "choose", lambda *args, insist: told.append(insist) or chosen("trt", insist=insist))
+    monkeypatch.setattr(load, "default_device", lambda device: GPU)
+    monkeypatch.setattr("fluxkiln.engine.supply", lambda *args: pytest.fail("far enough"))
+    with pytest.raises(RefusedError, match="is slower than triton"):
+        fluxkiln.load_transformer("shapes", backend="trt")
+    with pytest.raises(pytest.fail.Exception, match="far enough"):
+        fluxkiln.load_transformer("shapes", backend="trt", engine="0123")
+    assert told == [False, True]
+
+
+@pytest.mark.usefixtures("card")
+def test_an_engine_is_not_compared_with_what_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured("trt", 0.25)
+    measured("triton", 0.2)
+    monkeypatch.setattr(registry, "refuse_model", lambda *args: "Triton is not installed")
     assert chosen("trt").notices == ()
 
 
@@ -120,7 +158,7 @@ def test_measurements_of_other_models_and_sizes_do_not_decide() -> None:
 def test_what_was_asked_for_and_cannot_run_is_refused_or_falls_back_loudly() -> None:
     with pytest.raises(RefusedError, match=r"^backend trt: the store is empty$"):
         chosen("trt", found="the store is empty")
-    choice = choose("trt", DEV, RECIPES["fp8"], GPU, torch.bfloat16, fallback=True, find=lambda: "the store is empty")
+    choice = chosen("trt", found="the store is empty", fallback=True)
     assert (choice.backend, choice.fallback) == ("eager", True)
     assert choice.notices == ("backend trt cannot run this: the store is empty",)
 
