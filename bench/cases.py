@@ -14,7 +14,7 @@ from torch import Tensor
 from fluxkiln import workload
 from fluxkiln.config import FluxConfig
 from fluxkiln.kernels import formats, recipe
-from fluxkiln.kernels.attention import Values, blocks, quantize_values
+from fluxkiln.kernels.attention import Query, Values, blocks, quantize_values
 from fluxkiln.kernels.formats import FP8_MAX, Activation, Quant
 from fluxkiln.kernels.layers import Linear, QKNorm, Streams
 from fluxkiln.kernels.qkv_rope import Projection
@@ -111,6 +111,20 @@ def _place(call: Call) -> str:
 def arguments(case: Case, device: torch.device) -> tuple[Any, ...]:
     """What the operation's `reference` takes, in bf16 on `device`; the same numbers for the same case."""
     return _BUILDERS[case.op](_Draw(case, device))
+
+
+def raw_query(case: Case, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The same call where attention does the norm and rotation of q; None for an operation that does not see q."""
+    if case.op == "qkv_rope":
+        return (args[0], dataclasses.replace(args[1], query="raw"), *args[2:])
+    if case.op != "attention":
+        return None
+    q, *rest = args
+    data, scale = (formats.dequantize(q).bfloat16(), q.row_scale[0, 0, :1]) if isinstance(q, formats.Fp8) else (q, None)
+    d = data.shape[-1]
+    angle = torch.linspace(0, 100, data.shape[1] * d // 2, device=data.device).view(1, -1, d // 2)
+    rope = torch.stack((angle.cos(), angle.sin()), dim=-1)
+    return (Query(data, data.new_ones(1, d), rope, 0, scale), *rest)
 
 
 class _Draw:

@@ -42,7 +42,7 @@ from fluxkiln.bench.measure import LOST, captured, lost, watched
 from fluxkiln.bench.step import AGREEMENT, TINY, ByRecipe, RandomWeights, Spec, random_inputs
 from fluxkiln.config import DEV, FluxConfig
 from fluxkiln.kernels import EAGER, Ops, eager_ops, registry
-from fluxkiln.kernels.attention import Values
+from fluxkiln.kernels.attention import Query, Values
 from fluxkiln.kernels.formats import Fp8, Nvfp4, Quant
 from fluxkiln.kernels.language import Launch
 from fluxkiln.kernels.layers import Linear, Projection, QKNorm, Streams
@@ -93,8 +93,9 @@ def proofs(device: torch.device, tiny: bool) -> Iterator[tuple[str, Callable[[],
     arch = bench_kernels.native_arch(device)
     for op, format, args in verify.cases(verify.SMALL if tiny else verify.FLUX, device):
         if registry.refuse_format(format, arch) is None:
-            yield f"{op} {format}: error against float64", lambda o=op, a=args: _parity(o, a)
-            yield f"{op} {format}: an image of a batch is what it is alone", lambda o=op, a=args: _alone(o, a)
+            name = f"{verify.named(op, args)} {format}"
+            yield f"{name}: error against float64", lambda o=op, a=args: _parity(o, a)
+            yield f"{name}: an image of a batch is what it is alone", lambda o=op, a=args: _alone(o, a)
     config = TINY if tiny else dataclasses.replace(DEV, depth=1, depth_single_blocks=1)
     for precision, attention in (("bf16", "bf16"), ("fp8", "bf16"), ("fp8", "fp8"), ("nvfp4", "bf16")):
         if registry.refuse_format(precision, arch):
@@ -145,6 +146,8 @@ def _image(x: Any, i: int) -> Any:
         return x[part] if x.ndim > 2 and len(x) == 2 else x
     if isinstance(x, Values):
         return dataclasses.replace(x, data=x.data[part], scale=x.scale[part])
+    if isinstance(x, Query):
+        return dataclasses.replace(x, data=x.data[part])
     if isinstance(x, Fp8 | Nvfp4):
         return x[part]
     return tuple(_image(each, i) for each in x) if type(x) is tuple else x

@@ -8,6 +8,7 @@ Each kind of call in a step (see `cases`) is a case; its contestants are
     product     the library's bare product: no bias, no epilogue; in FP8 by row scales, with fast accumulation and
                 without, and with one scale for all
     flash, cudnn     torch's attention, in bf16
+    triton, raw q    the variant in which attention does the norm and rotation of q: both its halves
 
 A result is a file of JSON lines, written as soon as they are measured: first the machine, its versions and its roofs
 (copy bandwidth and the library's large matrix products, by the same timer) and what that timer finds for a kernel that
@@ -37,11 +38,11 @@ from torch import Tensor
 
 import fluxkiln.kernels
 from fluxkiln.bench import report
-from fluxkiln.bench.cases import SIZES, Case, arguments, everything
+from fluxkiln.bench.cases import SIZES, Case, arguments, everything, raw_query
 from fluxkiln.bench.measure import LOST, Samples, empty, lost, measure, roofs, watched
 from fluxkiln.bench.step import TINY
 from fluxkiln.config import DEV
-from fluxkiln.kernels import formats, registry
+from fluxkiln.kernels import RefusedError, formats, registry
 from fluxkiln.kernels.backend import native_arch, refuse
 from fluxkiln.kernels.formats import FP8_MAX, Activation, Quant
 from fluxkiln.kernels.language import Launch
@@ -73,7 +74,9 @@ def launches(op: str, args: Sequence[Any], device: torch.device) -> tuple[Any, l
 
 
 def contestants(case: Case, args: tuple[Any, ...], device: torch.device) -> Iterator[tuple[str, Run]]:
-    """All but the Triton kernels."""
+    """All but the launches that the graph does."""
+    if (others := raw_query(case, args)) is not None:
+        yield "triton, raw q", _launched(case.op, others, device)
     reference = registry.OPS[case.op].reference
     if case.format != "nvfp4":
         yield "eager", lambda: reference(*args)
@@ -83,6 +86,21 @@ def contestants(case: Case, args: tuple[Any, ...], device: torch.device) -> Iter
         yield from _library_products(case, args, device)
     elif case.call.result_format == "fp8":
         yield "unfused", lambda: _quantise_by_row(reference(*args[:-1]))
+
+
+def _launched(op: str, args: Sequence[Any], device: torch.device) -> Run:
+    @functools.cache
+    def prepared() -> list[Launch]:
+        found = launches(op, args, device)
+        if isinstance(found, str):
+            raise RefusedError(found)
+        return found[1]
+
+    def run() -> None:
+        for launch in prepared():
+            launch()
+
+    return run
 
 
 def _library_attention(args: tuple[Any, ...]) -> Iterator[tuple[str, Run]]:

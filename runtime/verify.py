@@ -20,7 +20,7 @@ from torch import Tensor
 from fluxkiln import sampling
 from fluxkiln.config import FluxConfig, scaled_axes
 from fluxkiln.kernels import Ops, RefusedError, eager_ops, formats, qkv_rope, recipe, registry
-from fluxkiln.kernels.attention import Values, dequantize_values
+from fluxkiln.kernels.attention import Query, Values, dequantize_values
 from fluxkiln.kernels.formats import Activation, Quant, dequantize
 from fluxkiln.kernels.layers import Linear, QKNorm, Streams
 from fluxkiln.kernels.recipe import RECIPES, Recipe
@@ -38,7 +38,7 @@ class Verdict:
     """One row of the table.
 
     Attributes:
-        op: operation, or `denoise` for a whole one.
+        op: operation as `named`, or `denoise` for a whole one.
         format: of what is multiplied or written.
         backend: who ran it.
         error: root mean square error against float64, relative to the truth's; None if it did not run.
@@ -126,16 +126,24 @@ def operations(sizes: Sizes, device: torch.device, backends: Sequence[str]) -> I
                 found = values(got, half_layout=backend == "triton" and op == "qkv_rope")
                 mine, sums = error(found, truth), 0.0 if backend == "eager" else sums_of(args)
             except RefusedError as refusal:
-                yield Verdict(op, format, backend, refused=str(refusal))
+                yield Verdict(named(op, args), format, backend, refused=str(refusal))
             except Exception as failure:  # a compiler's or a driver's: a verdict too, beside the others'
-                yield Verdict(op, format, backend, failed=_said(failure))
+                yield Verdict(named(op, args), format, backend, failed=_said(failure))
             else:
                 seconds = time.perf_counter() - start
-                yield Verdict(op, format, backend, mine, eager_error, sums, seconds=seconds)
+                yield Verdict(named(op, args), format, backend, mine, eager_error, sums, seconds=seconds)
+
+
+def named(op: str, args: Sequence[Any]) -> str:
+    """An operation's name, with the variant that the arguments of a case ask for."""
+    return f"{op}, raw q" if isinstance(args[0], Query) else op
 
 
 def cases(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-    """(operation, format, arguments) for every operation and format, in bf16 on `device`."""
+    """(operation, format, arguments) for every operation and format, in bf16 on `device`.
+
+    `linear` has a low-rank branch where it is quantised, and in FP8 sums of 128 products.
+    """
     g = torch.Generator().manual_seed(0)
     s, B, L = sizes, sizes.batch, sizes.text + sizes.image
     heads = s.hidden // s.head_dim
@@ -143,9 +151,9 @@ def cases(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, str, tuple[
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(shape, generator=g)).bfloat16().to(device)
 
-    def linear(n: int, k: int, format: str) -> Linear:
+    def linear(n: int, k: int, format: str, **options: Any) -> Linear:
         dense = Linear(normal(n, k, scale=k**-0.5), normal(n), name=f"{format} {n} {k}")
-        return dense if format == "bf16" else recipe.quantize(dense, recipe.Rule(format))  # type: ignore[arg-type]
+        return dense if format == "bf16" else recipe.quantize(dense, recipe.Rule(format, **options))  # type: ignore[arg-type]
 
     def layer(n: int, k: int, format: str) -> Streams:
         return Streams((linear(n, k, format), linear(n, k, format)))
@@ -169,13 +177,19 @@ def cases(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, str, tuple[
         yield "qkv_rope", format, (x, projection, rope, s.text)
         if format != "nvfp4":
             written = replace(projection, attention=format)  # type: ignore[arg-type]
-            yield "attention", format, (*qkv_rope.reference(x, written, rope, s.text), bound)
+            q, k, v = qkv_rope.reference(x, written, rope, s.text)
+            yield "attention", format, (q, k, v, bound)
+            norm, scale = torch.stack([each.query for each in norms]), projection.scale("query")
+            raw = Query(normal(B, L, heads, s.head_dim), norm, rope, s.text, None if row is None else scale)
+            yield "attention", format, (raw, k, v, bound)
         yield "linear_gelu", format, (x, layer(s.mlp, s.hidden, format), s.text, bound)
         gate, residual = normal(B, 1, s.hidden), normal(B, L, s.hidden)
         o, h = activation(s.hidden, row), activation(s.mlp, row)
         down = Streams((linear(s.hidden, s.hidden + s.mlp, format),))
         yield "linear_gate_residual", format, ((o, h), down, gate, residual, 0)
-        yield "linear", format, ((x,), Streams((linear(s.hidden, s.hidden, format),)))
+        options = {"rank": 32, "accumulate": "promote128" if format == "fp8" else "f32"}
+        x = activation(s.hidden, row and replace(row, keep=True))
+        yield "linear", format, ((x,), Streams((linear(s.hidden, s.hidden, format, **options),)))
         if row is not None:
             yield "quantize", format, (normal(B, L, heads * s.head_dim), row)
 

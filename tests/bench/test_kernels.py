@@ -171,7 +171,8 @@ def test_a_kernel_that_takes_the_gpu_with_it_costs_its_own_row(tmp_path, monkeyp
     again = Results(path, {})  # the next process does not launch it again, and does the rest
     assert kernels.bench(CPU, again, [case], budget=1e-4, side=64)
     rows = [row for row in again.rows if row["kind"] == "kernel"]
-    assert [("failed" in row, row["contestant"]) for row in rows][:2] == [(True, "triton"), (False, "eager")]
+    found = [("failed" in row, row["contestant"]) for row in rows]
+    assert found[:3] == [(True, "triton"), (True, "triton, raw q"), (False, "eager")]
 
 
 def test_a_wrong_kernel_is_seen(tmp_path, monkeypatch):
@@ -197,6 +198,12 @@ def test_a_gpu_is_needed_for_the_real_shapes(capsys):
 
 
 # --- what a GPU proves ------------------------------------------------------------------------
+
+
+def test_every_proof_has_a_name_of_its_own():
+    proofs = list(gpu.proofs(CPU, tiny=True))
+    assert len(dict(proofs)) == len(proofs)
+    assert dict(proofs)["attention, raw q bf16: an image of a batch is what it is alone"]() == "yes, bit for bit"
 
 
 def test_proofs_resume_and_failures_are_tried_again(tmp_path, monkeypatch):
@@ -302,7 +309,7 @@ def test_the_library_is_called_as_it_wants(monkeypatch):
         for name, run in kernels.contestants(case, args, CPU):
             before = called.total()
             run()
-            assert (called.total() > before) == (name != "eager"), (case.key, name)
+            assert (called.total() > before) == (name not in ("eager", "triton, raw q")), (case.key, name)
         if case.op == "linear":
             for call in library.linear(*registry.packed("linear", args), arch=90)[1]:
                 call()
