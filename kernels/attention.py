@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from fluxkiln.kernels import formats
-from fluxkiln.kernels.compile import Configuration
+from fluxkiln.kernels.compile import INSTRUCTIONS, Configuration
 from fluxkiln.kernels.formats import FP8_MAX, TINY, Activation, Fp8, Quant
 from fluxkiln.kernels.language import Launch, TensorDescriptor, constexpr, jit, tl
 from fluxkiln.kernels.layers import EPS
+from fluxkiln.kernels.matmul import cut
 from fluxkiln.kernels.quantize import (
     Empty,
     fp8_codes,
@@ -390,12 +391,6 @@ def _attend(
 
 
 @jit
-def halves(x, PIECES: tl.constexpr):
-    """`x [M, N]` cut along N into 1 or 2 pieces."""
-    return (x,) if PIECES == 1 else tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-
-
-@jit
 def _largest(ptr, count):
     """Largest of `count` positive numbers."""
     offs = tl.arange(0, 1024)
@@ -483,7 +478,7 @@ def _attention_kernel(
     # In two halves where a whole tile of epilogue does not fit the registers; 64-bit up to the image, 32-bit within.
     image = b.to(tl.int64) * L * (H * D)
     WIDTH: tl.constexpr = D // PIECES
-    pieces = halves(acc, PIECES)
+    pieces = cut(acc, PIECES)
     for i in tl.static_range(PIECES):
         o = pieces[i] * norm[:, None]
         elements = rows[:, None] * (H * D) + h * D + i * WIDTH
@@ -593,18 +588,6 @@ def _describable(x: Tensor) -> bool:
     """Whether the tensor memory accelerator can address x: 16-byte strides from a 16-byte boundary."""
     strides = [stride * x.element_size() for stride in x.stride()[:-1]]
     return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
-
-
-INSTRUCTIONS = {
-    (89, "bf16"): r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
-    (89, "fp8"): r"mma\.sync\.aligned\.m16n8k32\.row\.col\.f32\.e4m3\.e4m3\.f32",
-    (90, "bf16"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16",
-    (90, "fp8"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.e4m3\.e4m3",
-    (100, "bf16"): r"tcgen05\.mma\.cta_group::1\.kind::f16",
-    (100, "fp8"): r"tcgen05\.mma\.cta_group::1\.kind::f8f6f4",
-    (120, "bf16"): r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
-    (120, "fp8"): r"mma\.sync\.aligned\.m16n8k32\.row\.col\.kind::mxf8f6f4\.block_scale\S*",
-}
 
 
 def configurations(arch: int) -> Iterator[Configuration]:

@@ -30,6 +30,20 @@ from fluxkiln.kernels.language import Launch
 SERIALIZED = "wgmma.mma_async instructions are serialized"  # a remark of ptxas
 TENSOR_CORE = re.compile(r"(wgmma\.mma_async\S*|tcgen05\.mma\.[\w.:]+|mma\.sync[\w.:]+)")
 
+# What multiplies a format on an architecture at its full rate; a kernel's main loop has nothing else.
+INSTRUCTIONS = {
+    (89, "bf16"): r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
+    (89, "fp8"): r"mma\.sync\.aligned\.m16n8k32\.row\.col\.f32\.e4m3\.e4m3\.f32",
+    (90, "bf16"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16",
+    (90, "fp8"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.e4m3\.e4m3",
+    (100, "bf16"): r"tcgen05\.mma\.cta_group::1\.kind::f16",
+    (100, "fp8"): r"tcgen05\.mma\.cta_group::1\.kind::f8f6f4",
+    (100, "nvfp4"): r"tcgen05\.mma\.cta_group::1\.kind::mxf4nvf4\.block_scale.*",
+    (120, "bf16"): r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
+    (120, "fp8"): r"mma\.sync\.aligned\.m16n8k32\.row\.col\.kind::mxf8f6f4\.block_scale.*e4m3\.e4m3.*",
+    (120, "nvfp4"): r"mma\.sync\.aligned\.m16n8k64\.row\.col\.kind::mxf4nvf4\.block_scale.*e2m1\.e2m1.*",
+}
+
 
 @dataclass(frozen=True)
 class Configuration:

@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fluxkiln.kernels.compile import Configuration
+from fluxkiln.kernels.compile import INSTRUCTIONS, Configuration
 from fluxkiln.kernels.formats import Activation, Fp8, Nvfp4, dense
 from fluxkiln.kernels.language import Launch, TensorDescriptor, jit, tl
 from fluxkiln.kernels.packed import Packed
@@ -135,19 +135,6 @@ def _operand(x: Activation, tile: Tile, tma: bool) -> Operand:
 
 
 # --- shipped configurations -------------------------------------------------------------------
-
-INSTRUCTIONS = {
-    (89, "bf16"): r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
-    (89, "fp8"): r"mma\.sync\.aligned\.m16n8k32\.row\.col\.f32\.e4m3\.e4m3\.f32",
-    (90, "bf16"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.bf16\.bf16",
-    (90, "fp8"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.e4m3\.e4m3",
-    (100, "bf16"): r"tcgen05\.mma\.cta_group::1\.kind::f16",
-    (100, "fp8"): r"tcgen05\.mma\.cta_group::1\.kind::f8f6f4",
-    (100, "nvfp4"): r"tcgen05\.mma\.cta_group::1\.kind::mxf4nvf4\.block_scale.*",
-    (120, "bf16"): r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
-    (120, "fp8"): r"mma\.sync\.aligned\.m16n8k32\.row\.col\.kind::mxf8f6f4\.block_scale.*e4m3\.e4m3.*",
-    (120, "nvfp4"): r"mma\.sync\.aligned\.m16n8k64\.row\.col\.kind::mxf4nvf4\.block_scale.*e2m1\.e2m1.*",
-}
 
 
 def configuration(op: str, arch: int, layer: Packed, tile: Tile, launches: list[Launch], note: str) -> Configuration:
@@ -261,13 +248,13 @@ def _product(
 
 
 @jit
-def _halve(acc, PIECES: tl.constexpr):
+def cut(acc, PIECES: tl.constexpr):
     """The tile cut into 1, 2 or 4 pieces along N."""
     if PIECES == 1:
         pieces = (acc,)
     else:
         left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
-        pieces = _halve(left, PIECES // 2) + _halve(right, PIECES // 2)
+        pieces = cut(left, PIECES // 2) + cut(right, PIECES // 2)
     return pieces
 
 
@@ -351,7 +338,7 @@ def kernel(
             )  # fmt: skip
 
         # In two halves where a whole tile of epilogue does not fit the registers.
-        pieces = _halve(acc, PIECES)
+        pieces = cut(acc, PIECES)
         for piece in tl.static_range(PIECES):
             y = pieces[piece]
             offs_n = n + piece * (BLOCK_N // PIECES) + tl.arange(0, BLOCK_N // PIECES)
