@@ -1,4 +1,4 @@
-"""Training: what captions say, guidance learned from a teacher, and the whole command from nothing to a folder."""
+"""Training: what captions say, and the whole command from nothing to a folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from random import Random
 import pytest
 import torch
 from shapes import captions, data, model, reading, train
-from torch import Tensor
 
 from fluxkiln import Pipeline
 
@@ -63,33 +62,11 @@ def test_a_reader_is_right_only_about_what_is_said() -> None:
     assert reading.loss_and_right(answers, [sample])[1] == pytest.approx(1 - 1 / len(facts))
 
 
-class Constant:
-    """A denoiser whose velocity is one number with a prompt and another without."""
-
-    def __init__(self, told: float, untold: float) -> None:
-        self.told, self.untold = told, untold
-
-    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        return torch.tensor([self.told if text else self.untold for text in texts]), torch.zeros(len(texts))
-
-    def __call__(self, img: Tensor, txt: Tensor, *_: Tensor) -> Tensor:
-        return txt[:, None, None].expand(img.shape)
-
-
-def test_guidance_goes_from_unconditional_through_the_teachers_own_and_beyond() -> None:
-    strengths = torch.tensor([0.0, 1.0, 2.0, 3.5, 6.0])
-    for guidance, wanted in zip(strengths, (1.0, 2.0, 3.0, 4.5, 7.0), strict=True):
-        batch = data.Batch(["a red star"], torch.randn(1, 16, 64), None, guidance[None])
-        noise = torch.Generator().manual_seed(0)
-        loss = train.velocity_loss(Constant(wanted, 0.0), batch, torch.ones(1), 64, 64, noise, Constant(3.0, 1.0))  # type: ignore[arg-type]
-        assert loss < 1e-6
-
-
 @pytest.mark.long  # makes tokenizers, an autoencoder and thousands of latents from nothing
 def test_one_command_trains_resumes_and_writes_a_pipeline(tmp_path: Path) -> None:
     def command(steps: int) -> None:
         few = ("--reading-steps", "50", "--autoencoder-steps", "2", "--polish-steps", "2", "--decay", "2")
-        late = ("--steps", str(steps), "--edits-from", "1", "--sizes-from", "100", "--distill-from", "2")
+        late = ("--steps", str(steps), "--edits-from", "1", "--sizes-from", "100")
         folders = ("--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"))
         subprocess.run([sys.executable, "-m", "shapes.train", *folders, *few, *late], cwd=TOOLS, check=True)
 

@@ -17,6 +17,8 @@ from . import captions
 from .model import pack
 from .workers import save
 
+COMPLETE = 0.6  # of the captions leave nothing to chance: what is left open is noise in every gradient
+
 
 def pixels(scenes: list[Scene], width: int, height: int) -> Tensor:
     """`[B, 3, H, W]` in -1..1."""
@@ -83,8 +85,8 @@ class Pool:
         pictures = pixels(scenes, *self.size).to(next(self.autoencoder.parameters()).device)
         return pack(self.autoencoder.encode(pictures).detach()).to("cpu", torch.bfloat16)
 
-    def batch(self, n: int, rng: Random, believe: bool = False) -> Batch:
-        """`n` random samples, with what teaches guidance mixed in unless every prompt is to be believed.
+    def batch(self, n: int, rng: Random) -> Batch:
+        """`n` random samples, with what teaches guidance mixed in.
 
         Guidance is the chance that the prompt is to be believed: below 2, the picture has nothing to do with the
         prompt with probability (1 - guidance / 2)^2, so that 0 ignores the prompt and 2 and above follow it. An empty
@@ -97,10 +99,10 @@ class Pool:
             latents = self.latents[i // self.chunk][i % self.chunk].float()
             guidance = rng.uniform(0, 2) if rng.random() < 0.2 else rng.uniform(2, 6)
             told = self.samples[i]
-            ignore = not believe and rng.random() < max(0.0, 1 - guidance / 2) ** 2
+            ignore = rng.random() < max(0.0, 1 - guidance / 2) ** 2
             if ignore and not self.edit:
                 told = rng.choice(self.samples)
-            text = told.caption if self.edit else captions.caption_of(rng, told.scene)
+            text = told.caption if self.edit else captions.caption_of(rng, told.scene, rng.random() < COMPLETE)
             if rng.random() < 0.08:
                 text, ignore = "", True
             texts.append(text)

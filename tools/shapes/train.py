@@ -22,7 +22,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import mse_loss
 
@@ -40,7 +40,6 @@ SIZES = ((64, 64), (96, 96), (64, 128), (128, 64), (128, 128), (64, 96), (96, 64
 EDIT_SIZES = ((64, 64), (48, 80), (80, 48), (48, 96), (96, 48))
 TOKENS = 1536  # per micro-batch, text included
 LEARNING_RATE, WARMUP = 2e-3, 100
-TEACHER_GUIDANCE = 3.5  # any above 2: until then all of these mean the same
 FIRST_CHUNKS, GROW_EVERY = 14, 80  # chunks of 256 at the start, and steps between one more of each kind
 
 
@@ -56,22 +55,9 @@ def times(n: int, noise: torch.Generator, early: float = 0.4) -> Tensor:
     return torch.where(kind < early, 0.8 + 0.2 * start, torch.where(kind < early + 0.1, anywhere, middle))
 
 
-def velocity_loss(
-    model: Denoiser,
-    batch: Batch,
-    t: Tensor,
-    width: int,
-    height: int,
-    noise: torch.Generator,
-    teacher: Denoiser | None = None,
-) -> Tensor:
-    """Flow matching: the model's velocity against noise - picture at the time `t` of each row, on `t`'s device.
-
-    With a `teacher`, against what classifier-free guidance makes of the teacher's velocities, as FLUX.1 [dev] learned
-    its guidance: the teacher's own at guidance 2, its unconditional one at 0, and beyond them in the same direction.
-    """
-    n, length, _ = batch.target.shape
-    x0, guidance = batch.target.to(t.device), batch.guidance.to(t.device)
+def velocity_loss(model: Denoiser, batch: Batch, t: Tensor, width: int, height: int, noise: torch.Generator) -> Tensor:
+    """Flow matching: the model's velocity against noise - picture at the time `t` of each row, on `t`'s device."""
+    length, x0 = batch.target.shape[1], batch.target.to(t.device)
     x1 = torch.randn(x0.shape, generator=noise).to(t.device)
     img = torch.lerp(x0, x1, t[:, None, None])
     ids = position_ids(height // 16, width // 16)
@@ -83,27 +69,19 @@ def velocity_loss(
     # At these lengths the fused attention's backward takes twice as long as plain products do on a CPU.
     with torch.autocast(t.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         txt, pooled = model.encode(batch.captions)
-        velocity = model(img, txt, pooled, t, guidance, ids)[:, :length]
-        if teacher is None:
-            return mse_loss(velocity.float(), x1 - x0)
-        with torch.no_grad():
-            believed = torch.full_like(guidance, TEACHER_GUIDANCE)
-            told, untold = (
-                teacher(img, *teacher.encode(captions), t, believed, ids).float()
-                for captions in (batch.captions, [""] * n)
-            )
-    return mse_loss(velocity.float(), torch.lerp(untold, told, guidance[:, None, None] / 2))
+        velocity = model(img, txt, pooled, t, batch.guidance.to(t.device), ids)[:, :length]
+    return mse_loss(velocity.float(), x1 - x0)
 
 
 def micro_batches(
-    pools: dict[tuple, Pool], rng: Random, edits: bool, other_sizes: float, believe: bool
+    pools: dict[tuple, Pool], rng: Random, edits: bool, other_sizes: float
 ) -> list[tuple[Batch, int, int]]:
     """Text to image and edits of one step: 64 px, or another size with probability `other_sizes`."""
     result = []
     for edit, sizes in ((False, SIZES), (True, EDIT_SIZES)) if edits else ((False, SIZES),):
         width, height = sizes[0] if rng.random() >= other_sizes else rng.choice(sizes[1:])
         n = max(4, TOKENS * (1 if edits else 2) // (width * height // 256 * (2 if edit else 1) + 32))
-        result.append((pools[edit, width, height].batch(n, rng, believe and not edit), width, height))
+        result.append((pools[edit, width, height].batch(n, rng), width, height))
     return result
 
 
@@ -133,7 +111,7 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
         for edit, sizes in ((False, SIZES), (True, EDIT_SIZES))
         for size in sizes
     }
-    began, total, teacher = time.time(), 0.0, None
+    began, total = time.time(), 0.0
     for step in range(start, args.steps):
         for (_, *size), pool in pools.items():
             if tuple(size) == SIZES[0]:
@@ -143,15 +121,11 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
         rng = Random(f"{args.seed} {step} {rank}")
         noise = torch.Generator().manual_seed(rng.getrandbits(62))
         optimizer.zero_grad()
-        if step >= args.distill_from and teacher is None:
-            distributed.barrier()  # worker 0 may still be writing it
-            teacher = load_denoiser(run, run / f"average-{args.distill_from:06}.pt").to(args.device)
         edits, other_sizes = step >= args.edits_from, 0.25 if step >= args.sizes_from else 0.0
-        batches = micro_batches(pools, rng, edits, other_sizes, teacher is not None)
+        batches = micro_batches(pools, rng, edits, other_sizes)
         for batch, width, height in batches:
             t = times(len(batch.captions), noise, 0.4 if edits else 0.8).to(args.device)
-            guide = teacher if batch.reference is None else None
-            loss = velocity_loss(model, batch, t, width, height, noise, guide) / len(batches)
+            loss = velocity_loss(model, batch, t, width, height, noise) / len(batches)
             loss.backward()
             total += loss.item()
         average_gradients(parameters)
@@ -166,7 +140,7 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
         if done % 50 == 0 or done == args.steps:
             log(run, stage="denoiser", step=done, loss=total / min(50, done - start), seconds=time.time() - began)
             total = 0.0
-        if done % 200 == 0 or done in (args.distill_from, args.steps):
+        if done % 200 == 0 or done == args.steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": done}
             workers.save(state, path)
             workers.save(average, run / f"average-{done:06}.pt")
@@ -229,10 +203,7 @@ def main() -> None:
         help="until this step prompts alone and mostly noise: what lies where is learned all at once or not at all",
     )
     parser.add_argument(
-        "--sizes-from", type=int, default=4_000, help="step from which other sizes than 64 px are mixed in"
-    )
-    parser.add_argument(
-        "--distill-from", type=int, default=10_000, help="step from which guidance is learned from the model so far"
+        "--sizes-from", type=int, default=1_500, help="step from which other sizes than 64 px are mixed in"
     )
     parser.add_argument("--reading-steps", type=int, default=1_500)
     parser.add_argument("--autoencoder-steps", type=int, default=6_000)
