@@ -7,9 +7,9 @@
                                                     eager, compiled, the library's FP8, diffusers
 
 Every row is written as JSON as soon as it is known. A half that runs out of time says so with exit code 3 and goes on
-where it stopped when it is called again; exit code 1 says that a proof or a kernel failed. A kernel that faults, or
-never ends, costs its own row: a fresh process goes on with the next. Needs torch and triton only, no network and no
-installed diffusers; `--tiny` rehearses all of it on a CPU.
+where it stopped when it is called again; exit code 1 says that a proof or a kernel failed. A kernel that faults or
+never ends, or a compiler that dies, costs its own row: a fresh process goes on with the next. Needs torch and triton
+only, no network and no installed diffusers; `--tiny` rehearses all of it on a CPU.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from fluxkiln import verify, workload
 from fluxkiln.bench import kernels as bench_kernels
 from fluxkiln.bench.cases import SIZES, everything
 from fluxkiln.bench.kernels import TINY_SIZES, LibraryLinear, Results, identity, line, slug
-from fluxkiln.bench.measure import LOST, captured, lost, watched
+from fluxkiln.bench.measure import DIED, LOST, captured, lost, watched
 from fluxkiln.bench.step import AGREEMENT, TINY, ByRecipe, RandomWeights, Spec, random_inputs
 from fluxkiln.config import DEV, FluxConfig
 from fluxkiln.kernels import EAGER, Ops, eager_ops, registry
@@ -260,6 +260,7 @@ def prove(device: torch.device, results: Results, tiny: bool, deadline: float) -
             return False
         start = time.perf_counter()
         row: dict[str, Any] = {"kind": "proof", "name": name, "passed": False}
+        results.begin(row | {"found": DIED, "final": True})
         with watched(device, lambda why, row=row: results.add(row | {"found": why, "final": True})):
             try:
                 row |= {"found": proof(), "passed": True}
@@ -558,6 +559,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a tiny model: a rehearsal that a CPU can do")
     parser.add_argument("--contestant", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--died", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     device = default_device(args.device)
     if device.type == "cpu" and not args.tiny:
@@ -577,25 +579,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def supervised(half: str, args: argparse.Namespace) -> int:
-    """A half in a process of its own, and in another for as long as there is time and kernels take it with them."""
+    """A half in a process of its own, and in another for as long as there is time and something takes it with it."""
     deadline = time.monotonic() + 60 * args.minutes
     command = [sys.executable, "-P", "-m", "fluxkiln.bench.gpu", "--worker", "--half", half]
     command += ["--results", str(args.results), *(["--device", args.device] if args.device else [])]
     command += ["--tiny"] * args.tiny
+    died = False
     while (left := (deadline - time.monotonic()) / 60) > 0:
-        code = subprocess.run([*command, "--minutes", f"{left:.3f}"]).returncode
-        if code != LOST:
+        code = subprocess.run([*command, "--minutes", f"{left:.3f}", *["--died"] * died]).returncode
+        died = code < 0  # by a signal
+        if code != LOST and not died:
             return code if code in (DONE, OUT_OF_TIME) else FAILED
     return OUT_OF_TIME
 
 
 def first_half(device: torch.device, args: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * args.minutes
-    results = Results(_file("proofs", device, args), identity(device))
+    results, timings = (Results(_file(what, device, args), identity(device)) for what in ("proofs", "kernels"))
+    buried = [each.bury(args.died) for each in (results, timings)]
+    if args.died and True not in buried:
+        return FAILED  # it died before it began anything
     results.add({"kind": "run", "identity": results.identity, "card": bench_kernels.card(device)})
     if not prove(device, results, args.tiny, deadline):
         return OUT_OF_TIME
-    timings = Results(_file("kernels", device, args), identity(device))
     arch = bench_kernels.native_arch(device)
     precisions = [f for f in ("fp8", "bf16", "nvfp4") if registry.refuse_format(f, arch) is None]
     chosen = everything(TINY, TINY_SIZES, precisions[:2]) if args.tiny else everything(DEV, SIZES, precisions)
@@ -609,6 +615,8 @@ def first_half(device: torch.device, args: argparse.Namespace) -> int:
 
 
 def second_half(device: torch.device, args: argparse.Namespace) -> int:
+    if args.died:  # contestants have processes of their own
+        return FAILED
     deadline = time.monotonic() + 60 * args.minutes
     results = Results(_file("step", device, args), identity(device))
     results.add({"kind": "run", "identity": results.identity, "card": bench_kernels.card(device)})

@@ -39,7 +39,7 @@ from torch import Tensor
 import fluxkiln.kernels
 from fluxkiln.bench import report
 from fluxkiln.bench.cases import SIZES, Case, arguments, everything, raw_query
-from fluxkiln.bench.measure import LOST, Samples, empty, lost, measure, roofs, watched
+from fluxkiln.bench.measure import DIED, LOST, Samples, empty, lost, measure, roofs, watched
 from fluxkiln.bench.step import TINY
 from fluxkiln.config import DEV
 from fluxkiln.kernels import RefusedError, formats, registry
@@ -224,6 +224,7 @@ class Results:
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path, self.identity = path, dict(identity)
+        self._begun = path.with_suffix(".begun")
         self.rows: list[dict[str, Any]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.read_bytes().endswith(b"\n"):  # a run was stopped while it wrote
@@ -242,6 +243,21 @@ class Results:
             file.write(json.dumps(line) + "\n")
         if line["kind"] != "run":
             self.rows.append(line)
+            self._begun.unlink(missing_ok=True)
+
+    def begin(self, row: Mapping[str, Any]) -> None:
+        """Leave behind what there is to say, should this process not live to `add` anything better."""
+        self._begun.write_text(json.dumps(dict(row)))
+
+    def bury(self, died: bool) -> bool:
+        """Add what the last process left behind, if it `died`: that one was stopped is no fault of what it was doing."""
+        if not self._begun.exists():
+            return False
+        row = self._begun.read_text()
+        self._begun.unlink()
+        if died:
+            self.add(json.loads(row))
+        return died
 
     def has(self, **wanted: Any) -> bool:
         return any(all(row.get(name) == value for name, value in wanted.items()) for row in self.rows)
@@ -374,6 +390,7 @@ def _measured(
         if results.has(kind="kernel", case=case.key, contestant=name):
             continue
         row = what | {"contestant": name}
+        results.begin(row | {"failed": DIED})
         with watched(device, lambda why, row=row: results.add(row | {"failed": why})):
             try:
                 row |= attempt()

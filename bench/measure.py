@@ -83,6 +83,7 @@ def captured(run: Callable[[], Any]) -> Callable[[], None]:
 # --- work that may not come back ----------------------------------------------------------------
 
 LOST = 4  # exit code of a process whose GPU work has not come back, or has left CUDA unusable: start another
+DIED = "took the process with it"  # a compiler's or a driver's signal: nobody was left to say more
 SLOW = 180  # seconds after which work has not come back, compilation included
 
 

@@ -175,6 +175,23 @@ def test_a_kernel_that_takes_the_gpu_with_it_costs_its_own_row(tmp_path, monkeyp
     assert found[:3] == [(True, "triton"), (True, "triton, raw q"), (False, "eager")]
 
 
+def test_what_was_under_way_when_the_process_died_is_not_tried_again(tmp_path):
+    path = tmp_path / "proofs.jsonl"
+    stopped = Results(path, {})
+    stopped.add({"kind": "run", "identity": {}})
+    stopped.begin({"kind": "proof", "name": "one"})
+    assert not Results(path, {}).bury(died=False)  # stopped from outside: nobody's fault
+    dead = Results(path, {})
+    assert not dead.bury(died=True)
+    dead.begin({"kind": "proof", "name": "one"})
+    after = Results(path, {})
+    assert after.bury(died=True)
+    assert after.rows == Results(path, {}).rows == [{"kind": "proof", "name": "one"}]
+    after.begin({"kind": "proof", "name": "two"})
+    after.add({"kind": "proof", "name": "two"})  # it lived
+    assert not Results(path, {}).bury(died=True)
+
+
 def test_a_wrong_kernel_is_seen(tmp_path, monkeypatch):
     launch = attention.launch
 
@@ -234,7 +251,7 @@ def test_a_proof_that_takes_the_gpu_with_it_is_not_tried_again(tmp_path, monkeyp
 
 
 def test_a_half_goes_on_in_a_fresh_process(monkeypatch):
-    codes, commands = [measure_module.LOST, measure_module.LOST, gpu.DONE], []
+    codes, commands = [measure_module.LOST, -6, measure_module.LOST, gpu.DONE], []  # -6: a compiler's abort
 
     def run(command):
         commands.append(command)
@@ -243,10 +260,10 @@ def test_a_half_goes_on_in_a_fresh_process(monkeypatch):
     monkeypatch.setattr(gpu.subprocess, "run", run)
     args = SimpleNamespace(minutes=1.0, results="folder", device=None, tiny=False)
     assert gpu.supervised("kernels", args) == gpu.DONE
-    assert len(commands) == 3
+    assert ["--died" in command for command in commands] == [False, False, True, False]
     args.minutes = 0.0
     assert gpu.supervised("kernels", args) == gpu.OUT_OF_TIME
-    args.minutes, codes[:] = 1.0, [-11] * 9  # a driver's segmentation fault
+    args.minutes, codes[:] = 1.0, [-11, 1]  # a driver's segmentation fault, and nothing was begun
     commands.clear()
     assert gpu.supervised("kernels", args) == gpu.FAILED
 
