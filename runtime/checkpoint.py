@@ -78,13 +78,13 @@ class Checkpoint:
         """The tensor as it is stored, or, given a `dtype`, dequantised to it.
 
         e5m2 weights are handed out in bf16: e5m2 is no weight format of the kernels. So is a weight of which the
-        parts are stored in different formats.
+        parts are stored in different formats, or have low-rank branches of their own.
         """
         if dtype is not None:
             return self.dense(name, dtype, device)
         parts = self._native.parts(name)
         layouts = {self._source.layout(part).format for part in parts}
-        if len(layouts) > 1 or not self._shares_input(name):
+        if len(layouts) > 1 or not self._stacks(name):
             return self.dense(name, torch.bfloat16, device)
         weight = _stack([self._source.stored(part) for part in parts])
         weight = _swap_halves(weight) if self._native.swapped(name) else weight
@@ -118,7 +118,7 @@ class Checkpoint:
 
         Weights from `dense` have it multiplied in already.
         """
-        kept = self._native.format(name) in ("fp8", "nvfp4") and self._shares_input(name)
+        kept = self._native.format(name) in ("fp8", "nvfp4") and self._stacks(name)
         return self._source.pre_quant_scale(self._native.parts(name)[0]) if kept else None
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
@@ -143,9 +143,12 @@ class Checkpoint:
         """File name -> sha256 (hex) of the whole file, as publishers list it."""
         return {file.path.name: file.sha256() for file in self.files}
 
-    def _shares_input(self, name: str) -> bool:
-        """Whether all parts of a weight see the same scaled input."""
-        first, *rest = (self._source.pre_quant_scale(part) for part in self._native.parts(name))
+    def _stacks(self, name: str) -> bool:
+        """Whether the parts of a weight are one when stacked: all see the same scaled input, and nothing beside them."""
+        parts = self._native.parts(name)
+        if len(parts) > 1 and any(self._source.low_rank(part) is not None for part in parts):
+            return False
+        first, *rest = (self._source.pre_quant_scale(part) for part in parts)
         return all(
             other is first or (other is not None and first is not None and torch.equal(first, other)) for other in rest
         )
@@ -210,7 +213,8 @@ def save_checkpoint(
         naming: of the file; `diffusers` takes fused tensors apart and swaps the final modulation's halves.
 
     Raises:
-        ValueError: two tensors have one name, or one has a name that the naming does not know.
+        ValueError: two tensors have one name, or a low-rank branch is to be named as in diffusers, which has none.
+        KeyError: a name that diffusers' naming does not know.
     """
     rename = _diffusers_tensors if naming == "diffusers" else lambda name, weight: [(name, weight)]
     stored = (
@@ -239,6 +243,8 @@ def _diffusers_tensors(name: str, weight: Weight) -> Iterator[tuple[str, Weight]
         for part in to_diffusers(f"{module}.weight"):
             yield f"{part.removesuffix('.weight')}.{leaf}", weight
         return
+    if leaf in ("low_rank_down", "low_rank_up"):
+        raise ValueError(f"{name}: diffusers has no low-rank branches; save with naming='bfl'")
     parts = to_diffusers(name)
     weight = _swap_halves(weight) if name in SWAPPED else weight
     # diffusers' MLP is always four times as wide as the model: linear1 is 3 + 4 of its widths

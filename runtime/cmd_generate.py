@@ -124,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
     if results is not None:
         _say(f"{sum(job in results for job in jobs)} of {len(jobs)} images are in {results.path} already")
         jobs = [job for job in jobs if job not in results]
+        if not jobs:
+            return _end(args, [], 0, 0)
     pipe = open_pipeline(args)
     _say_choice(pipe)
     cache = _cache(args)
@@ -147,11 +149,7 @@ def run(args: argparse.Namespace) -> int:
             if results is not None:
                 results.add(job, path=path, seed=record.seed)
         done.append(_report(args, output, record, path))
-    if args.json:
-        print(json.dumps({"images": done, "failed": failed}, ensure_ascii=False, indent=2))
-    if failed:
-        _say(f"{failed} of {len(jobs)} images failed")
-    return 1 if failed else 0
+    return _end(args, done, failed, len(jobs))
 
 
 def repeat(args: argparse.Namespace) -> int:
@@ -346,6 +344,15 @@ def _report(args: argparse.Namespace, output: Output, record: Record, path: Path
         "cached": output.cached,
         "record": json.loads(record.to_json()),
     }
+
+
+def _end(args: argparse.Namespace, done: list[dict[str, Any]], failed: int, jobs: int) -> int:
+    """Tell how a run ended; returns its exit code."""
+    if args.json:
+        print(json.dumps({"images": done, "failed": failed}, ensure_ascii=False, indent=2))
+    if failed:
+        _say(f"{failed} of {jobs} images failed")
+    return 1 if failed else 0
 
 
 def _say_choice(pipe: Pipeline) -> None:

@@ -12,6 +12,7 @@ import torch
 from fluxkiln.checkpoint import Checkpoint, open_checkpoint
 from fluxkiln.hub import resolve
 from fluxkiln.kernels.recipe import RECIPES, Recipe
+from fluxkiln.plan import DTYPES
 from fluxkiln.quantize import Layers, choose_recipe
 from fluxkiln.select import Choice, choose
 from fluxkiln.transformer import Network, Transformer
@@ -64,7 +65,8 @@ def load_transformer(
     Raises:
         CheckpointError: the path holds something else, or is damaged.
         FileNotFoundError: nothing is there, and nothing on the hub.
-        ValueError: an unknown precision, backend or recipe, or float16, which FLUX.1's activations overflow.
+        ValueError: an unknown precision, backend, recipe or device, or a dtype that is not computed in, such as float16,
+            which FLUX.1's activations overflow.
         RefusedError: the backend cannot run this here; the message says why.
     """
     if precision not in RECIPES:
@@ -74,6 +76,8 @@ def load_transformer(
     dtype = dtype or (torch.float32 if precision == "fp32" else torch.bfloat16)
     if dtype == torch.float16:
         raise ValueError("FLUX.1 overflows float16: use dtype=torch.bfloat16 or torch.float32")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be torch.bfloat16 or torch.float32, got {dtype}")
     checkpoint = open_checkpoint(resolve(path, ("transformer",)))
     recipe = recipe or choose_recipe(precision, checkpoint)
     recipe.check(name.removesuffix(".weight") for name in checkpoint.names if name.endswith(".weight"))
@@ -116,9 +120,12 @@ def default_device(device: torch.device | str | None) -> torch.device:
     """The device asked for, or the first GPU, or the CPU.
 
     Raises:
-        ValueError: a GPU that torch does not see.
+        ValueError: no device's name, or a GPU that torch does not see.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device must be cuda, cuda:N or cpu, got {device!r}") from None
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {place}: torch sees {torch.cuda.device_count()} CUDA GPUs here")
     return place

@@ -116,6 +116,7 @@ def fill_mask(mask: np.ndarray) -> Tensor:
 
 def _opacity(mask: np.ndarray, feather: int) -> np.ndarray:
     """255 on the mask `[H, W]`, falling to 0 over `feather` pixels around it: widened by half, then blurred by half."""
+    feather = min(feather, 2 * max(mask.shape))  # half of which covers all of it
     wide = _sums(mask, (feather + 1) // 2) > 0
     radius = feather // 2
     return np.round(_sums(wide, radius) * (255 / (2 * radius + 1) ** 2)).astype(np.uint8)

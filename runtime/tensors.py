@@ -263,6 +263,11 @@ class Tensors(Mapping[str, "Tensor"]):
     def _layout(self, name: str, declared: Mapping[str, str]) -> Layout:
         code, shape = self.dtype_code(name), self._home[name].entries[self.prefix + name].shape
         module = name.removesuffix(".weight")
+        branch = [key for key in (f"{module}.low_rank_down", f"{module}.low_rank_up") if key in self._home]
+        if name != module and len(branch) == 1:
+            raise CheckpointError(
+                f"{self._home[name].path}: {branch[0]} is half of a low-rank branch, without the rest"
+            )
         says = declared.get(module) if name != module else None
         if says not in (None, "float8_e4m3fn", "float8_e5m2", "nvfp4"):
             raise self._refusal(name, says)
@@ -279,8 +284,8 @@ class Tensors(Mapping[str, "Tensor"]):
         if says or scale or (name != module and code not in ("F64", "F32", "F16", "BF16")):
             what = f"{says} with {code} data" if says else f"{code} data{' with scales' if scale else ''}"
             raise self._refusal(name, what)
-        if name != module and f"{module}.pre_quant_scale" in self._home:
-            raise self._refusal(name, f"{code} data with a pre_quant_scale")
+        if name != module and (branch or f"{module}.pre_quant_scale" in self._home):
+            raise self._refusal(name, f"{code} data with a {'low-rank branch' if branch else 'pre_quant_scale'}")
         return Layout("plain", shape)
 
     def _check_fp8_scale(self, name: str, shape: tuple[int, ...], scale: str | None) -> None:

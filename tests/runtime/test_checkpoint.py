@@ -723,6 +723,47 @@ def test_diffusers_reads_saved_fp8(tmp_path, weights):
         torch.testing.assert_close(decoded.double(), values[name], rtol=1e-6, atol=0)
 
 
+def with_branches(path, names, *halves):
+    """The file at `path` with a low-rank branch, or half of one, beside each of these weights; and their products."""
+    stored, generator, products = load_file(path), torch.Generator().manual_seed(1), {}
+    for name in names:
+        rows, columns = stored[name].shape
+        branch = {
+            "low_rank_down": torch.randn(2, columns, generator=generator),
+            "low_rank_up": torch.randn(rows, 2, generator=generator),
+        }
+        products[name] = branch["low_rank_up"].double() @ branch["low_rank_down"].double()
+        stored |= beside(name, {half: branch[half] for half in halves or branch})
+    save_file(stored, path)
+    return products
+
+
+def test_branches_of_the_parts_of_a_weight_are_added_in(tmp_path, weights):
+    folder, values = modelopt_fp8(tmp_path, weights)
+    products = with_branches(folder / "diffusion_pytorch_model.safetensors", to_diffusers(QKV))
+    checkpoint = open_checkpoint(folder)
+    want = values[QKV] + torch.cat(list(products.values()))
+    torch.testing.assert_close(checkpoint.dense(QKV, torch.float64), want, rtol=1e-12, atol=1e-12)
+    assert torch.equal(checkpoint.tensor(QKV), checkpoint.dense(QKV, torch.bfloat16))  # no stack of FP8 without them
+    assert checkpoint.low_rank(QKV) is None
+
+
+def test_branches_that_would_be_lost_are_refused(tmp_path, weights):
+    for half in ("low_rank_down", "low_rank_up"):
+        path, _ = diffusers_fp8r(tmp_path, weights)
+        with_branches(path, [MLP], half)
+        with pytest.raises(CheckpointError, match=f"txt_mlp.2.{half} is half of a low-rank branch"):
+            open_checkpoint(path)
+    path = bfl_file(tmp_path, weights, None)
+    with_branches(path, [MLP])
+    with pytest.raises(CheckpointError, match=r"txt_mlp.2.weight is quantised as BF16 data with a low-rank branch"):
+        open_checkpoint(path)
+    branch = [(f"{module(MLP)}.low_rank_down", torch.zeros(2, 4))]
+    with pytest.raises(ValueError, match="diffusers has no low-rank branches; save with naming='bfl'"):
+        save_checkpoint(tmp_path / "b.safetensors", branch, naming="diffusers")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
 def test_unknown_name_is_not_saved(tmp_path):
     with pytest.raises(KeyError):
         save_checkpoint(tmp_path / "a.safetensors", [("img_out.weight", torch.zeros(1))], naming="diffusers")

@@ -125,6 +125,14 @@ def test_black_and_white_masks() -> None:
         assert np.array_equal(np.asarray(region.paste(rendered)), np.asarray(rendered))
 
 
+def test_a_feather_wider_than_the_picture_is_all_of_it() -> None:
+    white = mask_of(61, 41, (0, 40, 1, 41))
+    for feather in (10**6, 10**15):  # nothing of their size is made
+        region = Region.of(picture_of(61, 41), white, feather=feather)
+        rendered = picture_of(61, 41, seed=1)
+        assert np.array_equal(np.asarray(region.paste(rendered)), np.asarray(rendered))
+
+
 def test_negative_widths_are_refused() -> None:
     for arguments in ({"padding": -1}, {"feather": -1}):
         with pytest.raises(ValueError, match="must not be negative"):

@@ -221,6 +221,19 @@ def test_repeating_takes_the_recorded_engine(monkeypatch: pytest.MonkeyPatch) ->
     assert record.key != other.key
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "foo"}, "device must be cuda, cuda:N or cpu, got 'foo'"),
+        ({"device": "cpu", "dtype": torch.int8}, "dtype must be torch.bfloat16 or torch.float32, got torch.int8"),
+        ({"device": "cpu", "dtype": torch.float16}, "overflows float16"),
+    ],
+)
+def test_what_cannot_be_computed_in_or_on_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fluxkiln.load_transformer("shapes", **options)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "nvfp4"])
 def test_the_plan_is_what_the_operations_describe(precision: str) -> None:
     """Not what was asked for: an operation that describes itself otherwise shows in the record."""
