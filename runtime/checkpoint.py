@@ -144,7 +144,7 @@ class Checkpoint:
         return {file.path.name: file.sha256() for file in self.files}
 
     def _stacks(self, name: str) -> bool:
-        """Whether the parts of a weight are one when stacked: all see the same scaled input, and nothing beside them."""
+        """Whether the parts of a weight are one when stacked: all see the same scaled input and have no branches."""
         parts = self._native.parts(name)
         if len(parts) > 1 and any(self._source.low_rank(part) is not None for part in parts):
             return False

@@ -65,8 +65,8 @@ def load_transformer(
     Raises:
         CheckpointError: the path holds something else, or is damaged.
         FileNotFoundError: nothing is there, and nothing on the hub.
-        ValueError: an unknown precision, backend, recipe or device, or a dtype that is not computed in, such as float16,
-            which FLUX.1's activations overflow.
+        ValueError: an unknown precision, backend, recipe, device or dtype, or float16, which FLUX.1's activations
+            overflow.
         RefusedError: the backend cannot run this here; the message says why.
     """
     if precision not in RECIPES:

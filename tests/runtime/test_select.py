@@ -103,8 +103,8 @@ def test_an_engine_timed_slower_than_triton_is_refused() -> None:
     with pytest.raises(RefusedError) as refusal:
         chosen("trt")
     assert str(refusal.value) == (
-        f"backend trt is slower than triton: {slower}: take backend triton, time both again with `fluxkiln bench step`, "
-        "or name the engine (--engine 0123) to run it all the same"
+        f"backend trt is slower than triton: {slower}: take backend triton, time both again with "
+        "`fluxkiln bench step`, or name the engine (--engine 0123) to run it all the same"
     )
     instead = chosen("trt", fallback=True)
     assert (instead.backend, instead.engine, instead.measured) == ("triton", None, {"trt": 1.25})
