@@ -250,7 +250,7 @@ class Results:
         self._begun.write_text(json.dumps(dict(row)))
 
     def bury(self, died: bool) -> bool:
-        """Add what the last process left behind, if it `died`: that one was stopped is no fault of what it was doing."""
+        """Add what the last process left behind if it `died`; if it was stopped, that is no fault of its work."""
         if not self._begun.exists():
             return False
         row = self._begun.read_text()
