@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import subprocess
 import sys
@@ -119,6 +120,23 @@ def test_help_imports_nothing_heavy() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for command in cli.COMMANDS:
         assert f"\n    {command} " in done.stdout
+
+
+def test_a_process_is_spared_its_garbage_collector(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And ends with the command's status; `main` leaves the collector of its caller alone."""
+    before = gc.get_threshold()
+    monkeypatch.setattr(sys, "argv", ["fluxkiln", "info", str(tmp_path / "nothing")])
+    assert main() == 1
+    assert (gc.get_threshold(), gc.get_freeze_count()) == (before, 0)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.process()
+        assert stop.value.code == 1
+        assert gc.get_threshold()[0] > 10 * before[0]
+        assert gc.get_freeze_count()
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 def commands_of(table: cli.Table, *names: str) -> list[list[str]]:
@@ -328,6 +346,10 @@ def test_batch_resumes(opened: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert said.out.startswith("out/b.png")
     assert said.out.count("\n") == 1
     assert Path("out/a.png").stat().st_mtime_ns == before
+    opened.clear()  # now nothing is left to do, and no model is opened for it
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"images": [], "failed": 0}
+    assert not opened
     assert len(list(Path("out").iterdir())) == 4
 
 
