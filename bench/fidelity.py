@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ METRICS: dict[str, Metric] = {
     "ms_ssim": metrics.ms_ssim,
     "flip": metrics.flip,
 }
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SHEET_COLUMNS = 6
 LINE, LETTER = 12, 6  # height and width of a caption's letter, pixels
 
@@ -33,22 +34,27 @@ def read(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def shared(a: Path, b: Path) -> list[tuple[str, Path, Path]]:
-    """(name, picture of a, picture of b) for every name that both folders, or their `images`, have.
+def shared(a: Path, b: Path, names: Collection[str] | None = None) -> list[tuple[str, Path, Path]]:
+    """(name, picture of a, picture of b) for every name, or of these `names`, that both folders or their `images` have.
 
     Raises:
         ValueError: there is none.
     """
     folders = [path / "images" if (path / "images").is_dir() else path for path in (a, b)]
-    found = [{p.stem: p for p in sorted(f.glob("*")) if p.suffix in (".png", ".jpg", ".webp")} for f in folders]
-    names = [name for name in found[0] if name in found[1]]
-    if not names:
+    found = [{p.stem: p for p in sorted(f.glob("*")) if p.suffix.lower() in SUFFIXES} for f in folders]
+    both = [name for name in found[0] if name in found[1] and (names is None or name in names)]
+    if not both:
         raise ValueError(f"{a} and {b} have no picture of the same name")
-    return [(name, found[0][name], found[1][name]) for name in names]
+    return [(name, found[0][name], found[1][name]) for name in both]
 
 
-def fidelity(folder: Path, reference: Path, extra: Mapping[str, Metric] | None = None) -> dict[str, Any]:
+def fidelity(
+    folder: Path, reference: Path, extra: Mapping[str, Metric] | None = None, names: Collection[str] | None = None
+) -> dict[str, Any]:
     """Means of PSNR, SSIM, MS-SSIM and FLIP, and of `extra` metrics, over the pictures that two folders share.
+
+    Args:
+        names: only of these.
 
     Returns:
         also `n` pairs, `equal` ones (whose PSNR is infinite and not in its mean), and `low`: the worst PSNR.
@@ -57,7 +63,7 @@ def fidelity(folder: Path, reference: Path, extra: Mapping[str, Metric] | None =
         ValueError: they share none, or two of one name have different sizes.
     """
     scores: dict[str, list[float]] = {name: [] for name in (*METRICS, *(extra or {}))}
-    for name, a, b in shared(folder, reference):
+    for name, a, b in shared(folder, reference, names):
         x, y = read(a), read(b)
         if x.shape != y.shape:
             sizes = f"{x.shape[1]} x {x.shape[0]} and {y.shape[1]} x {y.shape[0]}"
@@ -110,8 +116,9 @@ def main(argv: Sequence[str]) -> int:
     if args.floor:
         results["noise_floor"] = fidelity(args.floor, args.b, extra)
     if args.sheet:
-        pairs = ((name, [read(a), read(b)]) for name, a, b in shared(args.a, args.b))
-        contact_sheet([(name, list(map(Image.fromarray, both))) for name, both in pairs]).save(args.sheet)
+        sides = (args.a, args.b) if args.a.name == args.b.name else (args.a.name, args.b.name)
+        pairs = ((f"{name}: {sides[0]} | {sides[1]}", (read(a), read(b))) for name, a, b in shared(args.a, args.b))
+        contact_sheet([(caption, list(map(Image.fromarray, both))) for caption, both in pairs]).save(args.sheet)
     if args.json:
         print(json.dumps(results))
     else:

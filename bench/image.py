@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from fluxkiln.bench import fidelity, learned, metrics, shapes_judge, suite
+from fluxkiln.bench import fidelity, learned, metrics, report, shapes_judge, suite
 from fluxkiln.bench.fidelity import contact_sheet, read
 from fluxkiln.bench.suite import Item
 
@@ -96,7 +96,10 @@ def make(
     pictures, log, made = folder / "images", folder / "made.jsonl", dict[str, dict]()
     pictures.mkdir(parents=True, exist_ok=True)
     if log.exists():
-        made = {entry["id"]: entry for entry in map(json.loads, log.read_text().splitlines())}
+        made = {entry["id"]: entry for entry in report.lines(log)}
+        if not log.read_text().endswith("\n"):  # the run was stopped within a line
+            with open(log, "a") as file:
+                file.write("\n")
     began = time.monotonic()
     for count, item in enumerate(items, 1):
         path = pictures / f"{item.id}.png"
@@ -357,6 +360,8 @@ def run(args: argparse.Namespace) -> int:
     if len(sweep) > 1 and (args.reference or args.floor or args.sheet or args.step_errors):
         wanted = "--reference, --floor, --sheet and --step-errors go"
         raise ValueError(f"{wanted} with one --guidance and one --true-cfg-scale")
+    if args.floor and not args.reference:
+        raise ValueError("--floor is how far another run is from the --reference: give both")
     if args.peer and args.step_errors:
         raise ValueError("--step-errors are of our own backends, not of a --peer")
     readers = Readers(
@@ -416,10 +421,11 @@ def _one(
     }
     if rewards := [row["image_reward"] for row in rows if "image_reward" in row]:
         results["image_reward"] = statistics.mean(rewards)
+    names = [item.id for item in items]  # the folder may hold more, of an earlier run
     if args.reference:
-        results["fidelity"] = fidelity.fidelity(folder, args.reference, extra)
-    if args.floor and args.reference:
-        results["noise_floor"] = fidelity.fidelity(args.floor, args.reference, extra)
+        results["fidelity"] = fidelity.fidelity(folder, args.reference, extra, names)
+    if args.floor:
+        results["noise_floor"] = fidelity.fidelity(args.floor, args.reference, extra, names)
     if args.step_errors:
         from fluxkiln.bench import ablation
 
@@ -440,7 +446,8 @@ def _one(
 
 
 def _print(args: argparse.Namespace, results: dict[str, Any]) -> None:
-    print(table(results["summary"]))
+    nothing = "nothing to judge by: no item has a scene, or a text that --ocr reads"
+    print(table(results["summary"]) if results["summary"] else nothing)
     for name in ("fidelity", "noise_floor", "step_errors", "latency"):
         if results.get(name):
             print(fidelity.line(name, results[name]))

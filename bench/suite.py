@@ -89,7 +89,8 @@ def load(name: str | Path) -> list[Item]:
             f"no suite {str(name)!r}: expected one of {known}, a JSONL file, or a folder with metadata.jsonl"
         )
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: a prompt may hold U+2028 and the like.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -99,6 +100,10 @@ def load(name: str | Path) -> list[Item]:
             raise ValueError(f"{path}, line {number}: {reason}") from None
     known = set[str]()
     for item in items:
+        if Path(item.id).name != item.id:
+            raise ValueError(f"{path}: the id {item.id!r} is no name for a file")
+        if item.image is not None and not item.image.is_file():
+            raise ValueError(f"{path}: {item.id} edits {item.image}, which is not there")
         if item.id in known:
             raise ValueError(f"{path}: two items have the same id {item.id!r}")
         if item.follows is not None and item.follows not in known:

@@ -84,6 +84,11 @@ def test_makes_measures_and_resumes(tmp_path: Path) -> None:
     assert [call["seed"] for call in painter.calls] == [1, 2, 3]
     assert image.make(painter, ITEMS, tmp_path, settings, progress=False) == made
     assert len(painter.calls) == 3  # nothing left to make
+    log = tmp_path / "made.jsonl"
+    log.write_text(log.read_text()[:-9])  # as a run leaves it that is killed there
+    for _ in range(2):
+        assert image.make(painter, ITEMS, tmp_path, settings, progress=False) == made
+        assert len(painter.calls) == 4
     summary = image.summarize(image.measure(ITEMS, tmp_path))
     assert summary["all"]["n"] == summary["all"]["right"] == 2  # the free prompt has no scene to judge by
     assert (summary["prompts"]["n"], summary["edits"]["n"]) == (1, 1)
@@ -214,23 +219,38 @@ def test_compare_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / "empty").mkdir()
     assert image.main(["compare", str(folders[0]), str(tmp_path / "empty")]) == 2
     assert "no picture of the same name" in capsys.readouterr().err
-    Image.new("RGB", (16, 32)).save(tmp_path / "empty" / "single-0.jpg")
+    Image.new("RGB", (16, 32)).save(tmp_path / "empty" / "single-0.JPEG")
     assert image.main(["compare", str(folders[0]), str(tmp_path / "empty")]) == 2
     assert "single-0: the pictures have different sizes, 64 x 64 and 16 x 32" in capsys.readouterr().err
 
 
-def test_kontextbench_folder(painter: Painter, tmp_path: Path) -> None:
+def test_fidelity_is_of_this_runs_pictures(
+    painter: Painter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--suite", str(suite_file(tmp_path, ITEMS)), "--out", str(tmp_path / "run")]
+    assert image.main(command) == 0
+    assert image.main([*command, "--floor", str(tmp_path / "run")]) == 2
+    assert "give both" in capsys.readouterr().err
+    one = [*command, "--category", "single", "--reference", str(tmp_path / "run"), "--floor", str(tmp_path / "run")]
+    assert image.main(one) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["fidelity"]["n"] == results["noise_floor"]["n"] == 1
+
+
+def test_kontextbench_folder(painter: Painter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw(SCENE).save(tmp_path / "0001.png")
-    line = {"file_name": "0001.png", "instruction": "make it white", "category": "Local Instruction", "key": 7}
-    (tmp_path / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+    prompt = "make it\u2028white"
+    line = {"file_name": "0001.png", "instruction": prompt, "category": "Local Instruction", "key": 7}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
     (item,) = suite.load(tmp_path)
-    assert (item.id, item.prompt, item.category) == ("7", "make it white", "Local Instruction")
+    assert (item.id, item.prompt, item.category) == ("7", prompt, "Local Instruction")
     assert (
         image.main(["--suite", str(tmp_path), "--out", str(tmp_path / "run"), "--sheet", str(tmp_path / "s.png")]) == 0
     )
     assert np.array_equal(painter.calls[0]["image"], draw(SCENE))
     assert (tmp_path / "run" / "images" / "7.png").is_file()
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["summary"] == {}  # nothing to judge by
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["summary"] == {}
+    assert capsys.readouterr().out.startswith("nothing to judge by")
 
 
 @pytest.mark.parametrize(
@@ -240,6 +260,8 @@ def test_kontextbench_folder(painter: Painter, tmp_path: Path) -> None:
         ('{"id": 1, "category": "a"}', "'prompt' is missing"),
         ('{"id": 1, "category": "a", "prompt": "x"}\n{"id": 1, "category": "a", "prompt": "y"}', "same id '1'"),
         ('{"id": 1, "category": "a", "prompt": "x", "follows": "0"}', "1 follows '0', which no earlier line has"),
+        ('{"id": "../1", "category": "a", "prompt": "x"}', "the id '../1' is no name for a file"),
+        ('{"id": 1, "category": "a", "prompt": "x", "image": "a.png"}', "1 edits .*a.png, which is not there"),
     ],
 )
 def test_broken_suites_are_refused(tmp_path: Path, text: str, message: str) -> None:
