@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from fluxkiln.export.graph import Parameter, Traced
 from fluxkiln.export.structure import HEADER, Structure, StructureError, check, read_listing
 
 BITS = {TensorProto.FLOAT: 32, TensorProto.BFLOAT16: 16, TensorProto.FLOAT8E4M3FN: 8, TensorProto.FLOAT4E2M1: 4}
+ALIGNMENT = 256  # bytes
 SPARE = 5 * 2**29  # bytes a build takes beside the weights: graph, kernels, the builder itself
 
 
@@ -53,7 +52,16 @@ class Profile:
         """For images from 256 x 256 to `largest` pixels with up to so many references of Kontext's preferred sizes.
 
         A preferred size has at most 4,116 tokens (672 x 1568 pixels).
+
+        Raises:
+            ValueError: no image fits, or less than one of a batch, or fewer references than none.
         """
+        if min(largest) < TOKEN_PIXELS or references < 0 or min(batch, text) < 1:
+            size = "{} x {}".format(*largest)
+            raise ValueError(
+                f"an engine takes images of at least {TOKEN_PIXELS} x {TOKEN_PIXELS} pixels, one or more, with 0 or more "
+                f"references and 1 or more text tokens; got {size}, {batch}, {references} and {text}"
+            )
         most = math.prod(side // TOKEN_PIXELS for side in largest) + references * 4116
         width, height = ((min(32, side), min(128, side), side) for side in (n // LATENT_SCALE for n in largest))
         return cls((1, 1, batch), (min(256, most), min(4096, most), most), (1, text, text), height, width)
@@ -115,10 +123,11 @@ def refuse(precision: str, arch: str, name: Flavour) -> str | None:
             f"TensorRT-RTX builds for {', '.join(RTX_TARGETS)}, not {arch}: on a data centre GPU use backend triton, "
             "or build with --flavour tensorrt on that machine"
         )
-    number = int(arch.removeprefix("sm_"))
-    if precision == "nvfp4" and number < 100:
+    if not (number := arch.removeprefix("sm_")).isdecimal():
+        return f"an architecture is sm_NN, for example sm_89 or sm_120, got {arch!r}"
+    if precision == "nvfp4" and int(number) < 100:
         return f"NVFP4 needs Blackwell (sm_120); {arch} has no FP4 instructions: build fp8 for it"
-    if precision == "fp8" and number < 89:
+    if precision == "fp8" and int(number) < 89:
         return f"FP8 needs Ada (sm_89) or newer; {arch} has no FP8 instructions: build bf16 for it"
     return None
 
@@ -213,19 +222,11 @@ def _load(parser: Any, traced: Traced, values: Iterable[tuple[str, Tensor]] | No
 def _blank(parameters: Mapping[str, Parameter]) -> Iterator[tuple[str, Tensor]]:
     """Zeros for every parameter, at addresses of their own since TensorRT knows weights by address.
 
-    They are never read, and pages of a sparse file that are not read take no memory.
+    Their values do not count, so they overlap: all of them take little more than the largest.
     """
-    with tempfile.TemporaryFile() as file:
-        file.truncate(sum(_aligned(size(parameter)) for parameter in parameters.values()))
-        blank = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
-    start = 0
-    for name, parameter in parameters.items():
-        yield name, blank[start : start + size(parameter)]
-        start += _aligned(size(parameter))
-
-
-def _aligned(count: int) -> int:
-    return -(-count // 256) * 256
+    blank = torch.zeros(max(map(size, parameters.values())) + ALIGNMENT * len(parameters), dtype=torch.uint8)
+    for i, (name, parameter) in enumerate(parameters.items()):
+        yield name, blank[ALIGNMENT * i :][: size(parameter)]
 
 
 def _hollow(trt: Any, network: Any, parameters: Mapping[str, Parameter]) -> None:

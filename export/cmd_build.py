@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fluxkiln.engines.store import Manifest, Store, Subject, default_root, read_manifest
+from fluxkiln.engines.store import Manifest, Store, default_root, read_manifest
 from fluxkiln.export.arguments import add_graph_arguments
 
 GIB = 2**30
@@ -34,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fluxkiln.engine import digest
     from fluxkiln.engines.flavour import flavour
     from fluxkiln.export.build import Profile, build, memory_needed, refuse
     from fluxkiln.export.parts import export
@@ -62,19 +61,9 @@ def run(args: argparse.Namespace) -> int:
         )
     store, results = Store(args.store), []
     for arch in args.arch:
-        subject = Subject(
-            part=exported.part,
-            graph=digest(traced.proto),
-            model=exported.identity,
-            precision=args.precision,
-            recipe=exported.recipe.to_json(),
-            profile={name: [list(s) for s in shapes] for name, shapes in profile.shapes(traced.inputs).items()},
-            arch=arch,
-            flavour=installed.name,
-            version=installed.version,
-            weights=weights,
-            options={"fallback": True} if args.fallback else {},
-        )
+        subject = exported.subject(args.precision, arch, profile, weights, installed)
+        if args.fallback:
+            subject = replace(subject, options={"fallback": True})
         found = store.find(subject)
         if found and found.refusal is None and not args.force:
             say(f"{arch}: in the store already, {found.folder}")

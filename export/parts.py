@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fluxkiln.autoencoder import load_autoencoder
 from fluxkiln.checkpoint import CheckpointError, open_checkpoint, open_clip, open_t5
+from fluxkiln.engine import digest
+from fluxkiln.engines.flavour import Flavour
+from fluxkiln.engines.store import Subject
 from fluxkiln.export.autoencoder import trace_decoder, trace_encoder
+from fluxkiln.export.build import Profile
 from fluxkiln.export.graph import FP8_ATTENTION, Form, Traced, trace
 from fluxkiln.export.text import trace_clip, trace_t5
 from fluxkiln.export.weights import shadow, tensors_of, values
@@ -51,6 +56,24 @@ class Exported:
     recipe: Recipe
     values: Callable[[], Iterator[tuple[str, Tensor]]]
     notes: tuple[str, ...] = ()
+
+    def subject(
+        self, precision: str, arch: str, profile: Profile, weights: Literal["inside", "refit"], tool: Flavour
+    ) -> Subject:
+        """What an engine of it is to the store."""
+        shapes = profile.shapes(self.traced.inputs).items()
+        return Subject(
+            part=self.part,
+            graph=digest(self.traced.proto),
+            model=self.identity,
+            precision=precision,
+            recipe=self.recipe.to_json(),
+            profile={name: [list(shape) for shape in three] for name, three in shapes},
+            arch=arch,
+            flavour=tool.name,
+            version=tool.version,
+            weights=weights,
+        )
 
 
 def export(model: str | Path, part: str, precision: str, form: Form = "step", recipe: Path | None = None) -> Exported:

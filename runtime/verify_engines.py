@@ -25,9 +25,9 @@ from torch import Tensor
 
 from fluxkiln import sampling
 from fluxkiln.config import FluxConfig
-from fluxkiln.engine import PART, EngineTransformer, digest, find, open_session, supply
+from fluxkiln.engine import PART, EngineTransformer, find, open_session, supply
 from fluxkiln.engines.session import Scratch, SessionError
-from fluxkiln.engines.store import Store, Stored, StoreError, Subject
+from fluxkiln.engines.store import Store, Stored, StoreError
 from fluxkiln.kernels import RefusedError, eager_ops
 from fluxkiln.kernels.recipe import RECIPES, Recipe
 from fluxkiln.transformer import Network, Transformer
@@ -152,6 +152,7 @@ def build_trial(
     from fluxkiln.engines.flavour import FLAVOURS, flavour, installed
     from fluxkiln.export.build import Profile, build, refuse
     from fluxkiln.export.graph import trace
+    from fluxkiln.export.parts import Exported
     from fluxkiln.export.weights import values
 
     reasons = {name: refuse(precision, arch, flavour(name)) for name in FLAVOURS if name in installed()}
@@ -159,20 +160,9 @@ def build_trial(
     if name is None:
         raise RefusedError("; ".join(map(str, reasons.values())))
     traced, profile = trace(TINY, layers), Profile(image=(16, 24, 64), text=(1, 16, 16))
-    inside = values(traced.parameters, layers) if weights == "inside" else None
-    built = build(traced, arch, profile, inside, name=name)
-    subject = Subject(
-        part=PART,
-        graph=digest(traced.proto),
-        model=TRIAL,
-        precision=precision,
-        recipe=RECIPES[precision].to_json(),
-        profile={name: [list(shape) for shape in shapes] for name, shapes in profile.shapes(traced.inputs).items()},
-        arch=arch,
-        flavour=name,
-        version=flavour(name).version,
-        weights=weights,
-    )
+    trial = Exported(PART, traced, TRIAL, RECIPES[precision], lambda: values(traced.parameters, layers))
+    subject = trial.subject(precision, arch, profile, weights, flavour(name))
+    built = build(traced, arch, profile, trial.values() if weights == "inside" else None, name=name)
     parameters = {name: dataclasses.asdict(parameter) for name, parameter in traced.parameters.items()}
     structure = dataclasses.asdict(built.structure)
     store.add(subject, built.plan, model_name=TRIAL, structure=structure, parameters=parameters, seconds=built.seconds)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from fluxkiln.export.graph import Traced
+from fluxkiln.kernels.layers import Linear
 
 
 def fill(traced: Traced, values: Iterable[tuple[str, torch.Tensor]]) -> onnx.ModelProto:
@@ -60,9 +63,10 @@ class TRT_FP4DynamicQuantize(OpRun):  # the operator's name is the class's
     def _run(self, x, unit, axis=None, block_size=None, scale_type=None):
         assert axis == -1
         assert scale_type == onnx.TensorProto.FLOAT8E4M3FN
-        blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, block_size)
+        x = x if x.dtype == np.float64 else x.astype(np.float32)
+        blocks = x.reshape(*x.shape[:-1], -1, block_size)
         scale = (np.abs(blocks).max(-1) / 6 / unit).astype(ml_dtypes.float8_e4m3fn)
-        step = (scale.astype(np.float32) * unit)[..., None]
+        step = (scale.astype(x.dtype) * unit)[..., None]
         codes = np.clip(np.divide(blocks, step, out=np.zeros_like(blocks), where=step != 0), -6, 6)
         return codes.astype(ml_dtypes.float4_e2m1fn).reshape(x.shape), scale
 
@@ -76,3 +80,48 @@ def outputs_reference(model: onnx.ModelProto, x: dict[str, torch.Tensor]) -> dic
     evaluator = ReferenceEvaluator(model, new_ops=[TRT_FP4DynamicQuantize])
     results = evaluator.run(None, {name: to_numpy(value) for name, value in x.items()})
     return dict(zip(evaluator.output_names, map(np.asarray, results), strict=True))
+
+
+# --- in float64 ---------------------------------------------------------------------------------
+# In fp32 the order of a sum moves its last bits, and with them codes at ties; in float64 there are no such ties. What
+# the formats define as fp32 stays that: scales and norms of rows.
+
+
+def outputs_float64(path: Path, x: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Of a graph in fp32, with everything but its constants, weights, scales and norms in float64."""
+    model = onnx.load(path)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if (node.op_type, attribute.name, attribute.i) == ("Cast", "to", onnx.TensorProto.FLOAT):
+                attribute.i = onnx.TensorProto.DOUBLE
+    evaluator = ReferenceEvaluator(model, new_ops=[TRT_FP4DynamicQuantize, *MIXED])
+    results = evaluator.run(None, {name: value.double().numpy() for name, value in x.items()})
+    return dict(zip(evaluator.output_names, results, strict=True))
+
+
+def float64(layer: Any) -> Any:
+    """A tensor or a layer as eager takes it to compute in float64; codes and their scales stay what they are."""
+    if isinstance(layer, Linear):
+        return replace(layer, weight=float64(layer.weight), bias=layer.bias.double())
+    return layer.double() if isinstance(layer, torch.Tensor) else layer
+
+
+def _operator(name: str, run: Any) -> type[OpRun]:
+    return type(name, (OpRun,), {"_run": lambda self, *xs, **options: (run(*xs, **options),)})
+
+
+# Of inputs of two dtypes, which the evaluator's own refuse; a scale is the only thing that Max makes, and a norm of
+# rows the only thing that ReduceL2 does.
+MIXED = [
+    _operator("Add", np.add),
+    _operator("Sub", np.subtract),
+    _operator("Mul", np.multiply),
+    _operator("Div", np.divide),
+    _operator("MatMul", lambda a, b: np.matmul(a.astype(np.float64), b.astype(np.float64))),
+    _operator("Max", lambda *xs: np.maximum(*xs).astype(np.float32)),
+    _operator(
+        "ReduceL2",
+        lambda x, axes, keepdims, **_: np.linalg.norm(x, axis=int(axes[0]), keepdims=bool(keepdims)).astype(np.float32),
+    ),
+    _operator("Gelu", lambda x, approximate: x / (1 + np.exp(-2 * (2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))),
+]

@@ -24,10 +24,11 @@ from fluxkiln.config import FluxConfig
 from fluxkiln.engines.flavour import flavour, log
 from fluxkiln.engines.session import Session, SessionError, load
 from fluxkiln.engines.store import PLAN, Manifest, Store, Stored, StoreError, refuse_tokens
-from fluxkiln.kernels import Binding
+from fluxkiln.kernels import Binding, RefusedError
 from fluxkiln.kernels.recipe import RECIPES, Recipe
 from fluxkiln.quantize import Layers
 from fluxkiln.transformer import Transformer
+from fluxkiln.verify import tiny_model
 
 from parity import SMALL, random_tensors, relative
 
@@ -288,6 +289,16 @@ def test_verify_engines_without_a_gpu_is_one_sentence(capsys: pytest.CaptureFixt
     assert said.err == (
         "fluxkiln: engines run on an NVIDIA GPU, and torch finds none here: run this on the machine with one\n"
     )
+
+
+def test_small_engines_for_a_card_are_built_and_kept(tmp_path: Path) -> None:
+    """What `verify --engines` builds on the machine with the card."""
+    store, layers = Store(tmp_path), tiny_model(RECIPES["bf16"])
+    trial = verify_engines.build_trial(store, "bf16", "inside", "sm_120", layers)
+    assert (trial.refusal, trial.subject.arch, trial.subject.weights) == (None, "sm_120", "inside")
+    assert [stored.key for stored in store] == [trial.key]
+    with pytest.raises(RefusedError, match="NVFP4 needs Blackwell"):
+        verify_engines.build_trial(store, "nvfp4", "refit", "sm_89", {})
 
 
 def test_a_verdict_fails_on_anything_wrong() -> None:

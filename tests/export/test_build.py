@@ -13,7 +13,7 @@ import torch
 
 from fluxkiln.checkpoint import save_checkpoint
 from fluxkiln.cli import main
-from fluxkiln.engines.flavour import flavour
+from fluxkiln.engines.flavour import Flavour, flavour
 from fluxkiln.engines.header import decode
 from fluxkiln.engines.store import Store, refit_name
 from fluxkiln.export import cmd_build
@@ -245,6 +245,9 @@ def test_the_command_says_what_memory_it_needs(
 def test_targets_are_refused_at_the_door(precision: str, arch: str, sentence: str | None) -> None:
     reason = refuse(precision, arch, flavour())
     assert reason is None if sentence is None else sentence in (reason or "")
+    elsewhere = Flavour("tensorrt", None, "11.4")  # builds for the GPU at hand, whatever that is
+    assert "got 'ada'" in (refuse(precision, "ada", elsewhere) or "")
+    assert refuse(precision, "sm_100", elsewhere) is None
 
 
 def test_default_profile_fits_what_people_use() -> None:
@@ -254,6 +257,9 @@ def test_default_profile_fits_what_people_use() -> None:
     for tokens in (256, 32 * 32, 64 * 48, 128 * 128, 64 * 64 + 2 * 42 * 98, 128 * 128 + 2 * 42 * 98):
         assert least[1] <= tokens <= most[1]
     assert shapes["txt_ids"] == [(1, 3), (512, 3), (512, 3)]
+    for nothing in ({"largest": (0, 64)}, {"references": -1}, {"batch": 0}, {"text": 0}):
+        with pytest.raises(ValueError, match="an engine takes images of at least 16 x 16 pixels, one or more"):
+            Profile.of(**nothing)
 
 
 def test_listing_without_a_product_says_so() -> None:
