@@ -83,11 +83,17 @@ def _near_misses(rng: Random, kind: str, scene: Scene) -> dict[str, Scene]:
         for c, at in CELLS.items()
         if all(np.hypot(at[0] - t.x, at[1] - t.y) > 1.2 * (t.radius + 0.115) for t in scene.things)
     ]
-    if free and kind != "pair":
+    if free:
         x, y = CELLS[rng.choice(free)]
         misses["more"] = scene.replace(things=(*scene.things, first.replace(x=x, y=y, radius=0.115)))
-        if kind in ("single", "edit"):
-            misses["cell"] = instead(x=x, y=y)
+    if kind in ("single", "edit"):
+        apart = [
+            at
+            for c, at in CELLS.items()
+            if c != first.cell and all(captions.apart(first.replace(x=at[0], y=at[1]), t) for t in rest)
+        ]
+        x, y = min(apart, key=lambda at: (math.dist(at, (first.x, first.y)), rng.random()))
+        misses["cell"] = instead(x=x, y=y)
     if kind == "pair" and scene.relation != "inside":
         other = rest[0]
         misses["swapped"] = scene.replace(
