@@ -57,10 +57,10 @@ class Profile:
             ValueError: no image fits, or less than one of a batch, or fewer references than none.
         """
         if min(largest) < TOKEN_PIXELS or references < 0 or min(batch, text) < 1:
-            size = "{} x {}".format(*largest)
+            width, height = largest
             raise ValueError(
-                f"an engine takes images of at least {TOKEN_PIXELS} x {TOKEN_PIXELS} pixels, one or more, with 0 or more "
-                f"references and 1 or more text tokens; got {size}, {batch}, {references} and {text}"
+                f"an engine takes images of at least {TOKEN_PIXELS} x {TOKEN_PIXELS} pixels, one or more, with 0 or "
+                f"more references and 1 or more text tokens; got {width} x {height}, {batch}, {references} and {text}"
             )
         most = math.prod(side // TOKEN_PIXELS for side in largest) + references * 4116
         width, height = ((min(32, side), min(128, side), side) for side in (n // LATENT_SCALE for n in largest))
