@@ -29,8 +29,8 @@ def test_psnr_of_known_errors() -> None:
     assert metrics.psnr(a, a + 1) == pytest.approx(20 * math.log10(255))
 
 
-def test_ssim_against_scipy(pair: tuple[np.ndarray, np.ndarray]) -> None:
-    x, y = (p.astype(np.float64) @ [0.299, 0.587, 0.114] / 255 for p in pair)
+def maps(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """SSIM and its contrast and structure alone, by scipy's filter."""
 
     def blur(image: np.ndarray) -> np.ndarray:
         return ndimage.gaussian_filter(image, 1.5, truncate=3.4)[5:-5, 5:-5]  # 11 taps, as far as they fit
@@ -38,8 +38,29 @@ def test_ssim_against_scipy(pair: tuple[np.ndarray, np.ndarray]) -> None:
     mx, my = blur(x), blur(y)
     vx, vy, cov = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
     c1, c2 = 0.01**2, 0.03**2
-    expected = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    assert metrics.ssim(*pair) == pytest.approx(expected.mean(), abs=1e-9)
+    structure = (2 * cov + c2) / (vx + vy + c2)
+    return (2 * mx * my + c1) / (mx**2 + my**2 + c1) * structure, structure
+
+
+def luma(picture: np.ndarray) -> np.ndarray:
+    return picture.astype(np.float64) @ [0.299, 0.587, 0.114] / 255
+
+
+def test_ssim_against_scipy(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    assert metrics.ssim(*pair) == pytest.approx(maps(*map(luma, pair))[0].mean(), abs=1e-9)
+
+
+@pytest.mark.parametrize(("tiles", "scales"), [((1, 1), 3), ((3, 4), 5)])
+def test_ms_ssim_against_scipy(pair: tuple[np.ndarray, np.ndarray], tiles: tuple[int, int], scales: int) -> None:
+    a, b = (np.tile(p, (*tiles, 1)) for p in pair)
+    weights = np.array([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])[:scales]
+    values, x, y = [], luma(a), luma(b)
+    for _ in range(scales):
+        whole, structure = (each.mean() for each in maps(x, y))
+        values.append(structure)
+        x, y = (p.reshape(p.shape[0] // 2, 2, p.shape[1] // 2, 2).mean((1, 3)) for p in (x, y))
+    expected = np.prod(np.array([*values[:-1], whole]) ** (weights / weights.sum()))
+    assert metrics.ms_ssim(a, b) == pytest.approx(expected, abs=1e-9)
 
 
 def test_similarities_of_equal_pictures(pair: tuple[np.ndarray, np.ndarray]) -> None:
