@@ -14,6 +14,8 @@ import onnxruntime
 import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_attention import _compute_attention
+from onnx.reference.ops.op_layer_normalization import _layer_normalization
 
 from fluxkiln.export.graph import Traced
 from fluxkiln.kernels.layers import Linear
@@ -77,9 +79,36 @@ def run_reference(model: onnx.ModelProto, x: dict[str, torch.Tensor]) -> torch.T
 
 
 def outputs_reference(model: onnx.ModelProto, x: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    evaluator = ReferenceEvaluator(model, new_ops=[TRT_FP4DynamicQuantize])
+    evaluator = ReferenceEvaluator(model, new_ops=[TRT_FP4DynamicQuantize, *ROUNDED_ONCE])
     results = evaluator.run(None, {name: to_numpy(value) for name, value in x.items()})
     return dict(zip(evaluator.output_names, map(np.asarray, results), strict=True))
+
+
+def _operator(name: str, run: Any) -> type[OpRun]:
+    return type(name, (OpRun,), {"_run": lambda self, *xs, **options: (run(*xs, **options),)})
+
+
+def _gelu(x: np.ndarray, approximate: bytes | str) -> np.ndarray:
+    assert approximate in ("tanh", b"tanh")
+    return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def _rounded_once(name: str, run: Any) -> type[OpRun]:
+    def wide(*xs: np.ndarray, **options: Any) -> np.ndarray:
+        return run(*(x.astype(np.float32) for x in xs), **options).astype(xs[0].dtype)
+
+    return _operator(name, wide)
+
+
+# What kernels compute of bf16 in fp32, and the evaluator's own in bf16, sums too.
+ROUNDED_ONCE = [
+    _rounded_once("MatMul", np.matmul),
+    _rounded_once("Gelu", _gelu),
+    _rounded_once("Attention", lambda q, k, v, **_: _compute_attention(q, k, v)[0]),
+    _rounded_once(
+        "LayerNormalization", lambda x, w, axis, epsilon, **_: _layer_normalization(x, w, None, axis, epsilon)[0]
+    ),
+]
 
 
 # --- in float64 ---------------------------------------------------------------------------------
@@ -106,10 +135,6 @@ def float64(layer: Any) -> Any:
     return layer.double() if isinstance(layer, torch.Tensor) else layer
 
 
-def _operator(name: str, run: Any) -> type[OpRun]:
-    return type(name, (OpRun,), {"_run": lambda self, *xs, **options: (run(*xs, **options),)})
-
-
 # Of inputs of two dtypes, which the evaluator's own refuse; a scale is the only thing that Max makes, and a norm of
 # rows the only thing that ReduceL2 does.
 MIXED = [
@@ -117,11 +142,11 @@ MIXED = [
     _operator("Sub", np.subtract),
     _operator("Mul", np.multiply),
     _operator("Div", np.divide),
-    _operator("MatMul", lambda a, b: np.matmul(a.astype(np.float64), b.astype(np.float64))),
+    _operator("MatMul", lambda a, b: a.astype(np.float64) @ b.astype(np.float64)),
     _operator("Max", lambda *xs: np.maximum(*xs).astype(np.float32)),
     _operator(
         "ReduceL2",
         lambda x, axes, keepdims, **_: np.linalg.norm(x, axis=int(axes[0]), keepdims=bool(keepdims)).astype(np.float32),
     ),
-    _operator("Gelu", lambda x, approximate: x / (1 + np.exp(-2 * (2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))),
+    _operator("Gelu", _gelu),
 ]

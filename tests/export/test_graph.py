@@ -90,14 +90,14 @@ def test_nvfp4_equals_eager_in_the_same_precision(recipe: Recipe) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "nvfp4"])
 @torch.no_grad()
 def test_bf16_rest_errs_no_more_than_the_format(precision: str) -> None:
-    """Against fp32 truth; onnx's evaluator sums bf16 products in bf16, so it errs more than eager does."""
+    """Against fp32 truth, as eager does: both round to bf16, at different places."""
     layers = layers_of(SMALL, RECIPES[precision], torch.bfloat16)
     x = inputs(torch.bfloat16)
     truth = eager(
         {name: t.bfloat16().float() for name, t in random_tensors(SMALL).items()}, {k: v.float() for k, v in x.items()}
     )
     ours = relative(eager(layers, x), truth)
-    assert relative(run_reference(filled(trace(SMALL, layers), layers), x), truth) < 1.3 * ours + 0.02
+    assert relative(run_reference(filled(trace(SMALL, layers), layers), x), truth) < 1.3 * ours
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from fluxkiln.config import FluxConfig
 from fluxkiln.engines.flavour import flavour
 from fluxkiln.engines.store import Store, refuse_here
 from fluxkiln.export.cmd_export import MODEL, write
+from fluxkiln.export.graph import trace
 from fluxkiln.export.weights import shadow, values
 from fluxkiln.hub import resolve
 from fluxkiln.kernels.recipe import RECIPES, Recipe
@@ -41,6 +42,22 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return path
 
 
+def inputs(network: Transformer) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
+    """Of the graph, and of `step`."""
+    config, dtype, g = network.config, network.dtype, torch.Generator().manual_seed(0)
+    x = {
+        "hidden_states": torch.randn(1, 12, config.in_channels, generator=g).to(dtype),
+        "encoder_hidden_states": torch.randn(1, 5, config.context_in_dim, generator=g).to(dtype),
+        "modulation": network.modulate(
+            torch.randn(1, config.vec_in_dim, generator=g), torch.tensor([0.6]), torch.tensor([3.5])
+        ),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(3.0), torch.arange(4.0)),
+        "txt_ids": torch.zeros(5, 3),
+    }
+    tokens, text, modulation, img_ids, txt_ids = x.values()
+    return x, (tokens, text, modulation, network.rope(txt_ids, img_ids))
+
+
 @pytest.mark.parametrize("model", MODELS, indirect=True)
 @pytest.mark.parametrize("precision", ["fp32", "fp8", "nvfp4"])
 @torch.no_grad()
@@ -55,7 +72,7 @@ def test_numbers(
     each operation is compared on its own too, and the whole step with sums in float64, which leave no ties.
     """
     checkpoint, high = open_checkpoint(model), torch.float32
-    config, g = checkpoint.config, torch.Generator().manual_seed(0)
+    config = checkpoint.config
 
     def layers(recipe: Recipe) -> Layers:
         return Layers(checkpoint, recipe, torch.device("cpu"), high)
@@ -63,16 +80,7 @@ def test_numbers(
     tapped = tap(monkeypatch, config, shadow(checkpoint, RECIPES[precision], high), high)
     write(tmp_path / "onnx", tapped.traced, values(tapped.traced.parameters, layers(RECIPES[precision])))
     ours = Transformer(config, layers(RECIPES[precision]))
-    x = {
-        "hidden_states": torch.randn(1, 12, config.in_channels, generator=g),
-        "encoder_hidden_states": torch.randn(1, 5, config.context_in_dim, generator=g),
-        "modulation": ours.modulate(
-            torch.randn(1, config.vec_in_dim, generator=g), torch.tensor([0.6]), torch.tensor([3.5])
-        ),
-        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(3.0), torch.arange(4.0)),
-        "txt_ids": torch.zeros(5, 3),
-    }
-    step = (x["hidden_states"], x["encoder_hidden_states"], x["modulation"], ours.rope(x["txt_ids"], x["img_ids"]))
+    x, step = inputs(ours)
     want = ours.step(*step)
     path = tmp_path / "onnx" / MODEL
     outputs = outputs_reference(onnx.load(path), x) if precision == "nvfp4" else outputs_onnxruntime(path, x)
@@ -101,6 +109,28 @@ def test_numbers(
     # full width, whatever starts it, the difference ends near 0.4 % in FP8 and 5 % in NVFP4.
     allowed = 5e-6 if precision == "fp32" else 2e-3 if config != WIDE else errors["fp32"] / 2
     assert errors["same precision"] < allowed
+
+
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+@torch.no_grad()
+def test_numbers_in_bf16(model: Path, tmp_path: Path, record_property: pytest.RecordProperty) -> None:
+    """As far from fp32 as eager in bf16: both round, at different places."""
+    checkpoint, cpu = open_checkpoint(model), torch.device("cpu")
+    config, layers = checkpoint.config, Layers(checkpoint, RECIPES["bf16"], cpu, torch.bfloat16)
+    traced = trace(config, shadow(checkpoint, RECIPES["bf16"], torch.bfloat16))
+    write(tmp_path / "onnx", traced, values(traced.parameters, layers))
+    eager = Transformer(config, layers)
+    x, step = inputs(eager)
+    got = torch.from_numpy(outputs_reference(onnx.load(tmp_path / "onnx" / MODEL), x)["latent"].astype("float32"))
+    want = eager.step(*step).float()
+    del eager
+    exact = Transformer(config, Layers(checkpoint, RECIPES["fp32"], cpu, torch.float32))
+    truth = exact.step(*(value.float() for value in step))
+    errors = {"fp32": relative(got, truth), "same precision": relative(got, want), "eager": relative(want, truth)}
+    print(errors)
+    for name, error in errors.items():
+        record_property(f"error in bf16, {name}", error)
+    assert errors["fp32"] < 1.3 * errors["eager"]
 
 
 @pytest.mark.parametrize("model", MODELS, indirect=True)
