@@ -199,8 +199,10 @@ class Store:
             manifest = Manifest(subject, nbytes=len(plan), sha256=digest.hexdigest(), built=time.time(), **facts)
             (scratch / MANIFEST).write_text(manifest.to_json())
             return self._publish(scratch, subject.key)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(scratch, ignore_errors=True)
+            if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
+                error.filename = str(self.root)
             raise
 
     def find(self, subject: Subject) -> Stored | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxkiln.cli import main
+from fluxkiln.cli import main, sentence
 from fluxkiln.engines.header import HeaderError, decode
 from fluxkiln.engines.store import MANIFEST, PLAN, Manifest, Store, StoreError, Subject, refuse_here
 
@@ -112,8 +112,9 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path: Path, monkeypatch: pyt
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as refusal:
         store.add(SUBJECT, plan(8192), **facts())
+    assert sentence(refusal.value) == f"{tmp_path}: No space left on device"
     monkeypatch.undo()
     found = store.find(SUBJECT)
     assert found is not None
