@@ -541,7 +541,7 @@ def launch(
     values = bounded(v) if out and out.rule == "bound" else v
     tensors = (_data(q), _data(k), _data(values))
     inside = isinstance(q, Query)
-    tile = tile or pick(arch, "fp8" if fp8 else "bf16", D, L, all(map(_describable, tensors[1:])), inside)
+    tile = tile or pick(arch, "fp8" if fp8 else "bf16", D, L, all(map(describable, tensors[1:])), inside)
     y = outputs(out, (B, L, H * D), v.dtype, empty or fresh(tensors[0].device))
 
     # One pass over all tokens, unless v's first stream ends within a block.
@@ -584,7 +584,7 @@ def launch(
     return y, [Launch(_attention_kernel, grid, args, options)]
 
 
-def _describable(x: Tensor) -> bool:
+def describable(x: Tensor) -> bool:
     """Whether the tensor memory accelerator can address x: 16-byte strides from a 16-byte boundary."""
     strides = [stride * x.element_size() for stride in x.stride()[:-1]]
     return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)

@@ -163,7 +163,8 @@ class Triton:
         if isinstance(layer, Streams):
             images = [linear.reference([x[i : i + 1] for x in xs], layer) for i in range(len(xs[0]))]
             return torch.cat(images)
-        xs = [x if x.data_ptr() % 16 == 0 else x.clone() for x in xs]  # from the caller: they may lie anywhere
+        # From the caller: they may lie anywhere.
+        xs = [x if attention.describable(x) else x.clone(memory_format=torch.contiguous_format) for x in xs]
         y = self._run("linear", linear, xs, unstacked(layer))
         return y.clone() if len(xs) == 1 else y  # one stream is the end: the velocity belongs to the caller
 

@@ -101,6 +101,15 @@ def test_a_step_is_as_near_the_truth_as_eagers(path, recipe, arch):
     assert relative(triton.step(*in_dtype(inputs, torch.bfloat16)).float(), want) < 1.5 * eager_error + 1e-3
 
 
+@pytest.mark.parametrize("path", SIZES[:1], indirect=True)
+def test_the_callers_tensors_may_lie_anywhere(path):
+    model = load_transformer(path, precision="bf16", backend="triton", device="cpu")
+    img, txt, mods, rope = in_dtype(step_inputs(models(path, RECIPES["fp32"], 120)[0], batch=1), torch.bfloat16)
+    columns = img.transpose(1, 2).contiguous().transpose(1, 2)
+    between = torch.zeros(1, TEXT, txt.shape[-1] + 3, dtype=txt.dtype)[..., 1:-2].copy_(txt)
+    assert torch.equal(model.step(columns, between, mods, rope), model.step(img, txt, mods, rope))
+
+
 def test_the_public_call_equals_diffusers(path):
     """`load_transformer(..., backend="triton")` beside diffusers in bf16, both against diffusers in fp32."""
     model = load_transformer(path, precision="bf16", backend="triton", device="cpu")
