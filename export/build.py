@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -156,6 +159,7 @@ def build(
 
     Raises:
         BuildError: TensorRT refused; nothing is left behind.
+        KeyboardInterrupt: it was interrupted.
         StructureError: it built something else than was asked for.
     """
     trt = flavour(name).api
@@ -177,8 +181,6 @@ def build(
         if values is None:
             config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
             config.set_flag(trt.BuilderFlag.STRIP_PLAN)
-        if progress is not None:
-            config.progress_monitor = _monitor(trt, progress)
         optimization = builder.create_optimization_profile()
         for tensor, shapes in profile.shapes(traced.inputs).items():
             optimization.set_shape(tensor, *shapes)
@@ -186,8 +188,12 @@ def build(
         if flavour(name).ahead_of_time:
             config.num_compute_capabilities = 1
             config.set_compute_capability(getattr(trt.ComputeCapability, RTX_TARGETS[arch]), 0)
-        plan = builder.build_serialized_network(network, config)
+        with _interrupts() as pressed:
+            config.progress_monitor = _monitor(trt, progress or (lambda *step: None), pressed)
+            plan = builder.build_serialized_network(network, config)
         del held
+        if pressed:
+            raise KeyboardInterrupt
         if plan is None:
             raise BuildError(_errors(said, []))
     finally:
@@ -260,7 +266,22 @@ def _errors(said: Iterable[tuple[str, str]], parser: list[str]) -> str:
     return "TensorRT did not build the engine: " + ("; ".join(dict.fromkeys(errors[-3:])) or "it did not say why")
 
 
-def _monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Ctrl-C while TensorRT builds, to be read by its monitor: TensorRT swallows what is raised in a callback."""
+    pressed: list[int] = []
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _monitor(trt: Any, progress: Callable[[str, int, int], None], pressed: Sequence[int]) -> Any:
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -274,6 +295,6 @@ def _monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
 
         def step_complete(self, phase: str, step: int) -> bool:
             progress(phase, step, self.steps[phase])
-            return True
+            return not pressed  # False stops the build
 
     return Monitor()

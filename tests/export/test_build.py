@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,22 @@ def test_weights_are_really_outside_of_a_refit_engine() -> None:
     assert weight not in plans[1]
     for name in traced.parameters:  # by which they are supplied
         assert [refit_name(name).encode() in plan for plan in plans] == [False, True]
+
+
+def test_an_interrupted_build_stops() -> None:
+    layers = layers_of(SMALL, RECIPES["bf16"], torch.bfloat16)
+    traced = trace(SMALL, layers)
+    steps: list[int] = []
+
+    def press(phase: str, step: int, count: int) -> None:
+        steps.append(step)
+        if len(steps) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(traced, "sm_89", PROFILE, values(traced.parameters, layers), progress=press)
+    assert len(steps) < 20  # a whole build has more, see above
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_product_that_fell_back_is_caught() -> None:
