@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="working folder: checkpoints, latents, log, loss plot")
     parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
     parser.add_argument("--steps", type=int, default=12_000, help="steps of the denoiser")
-    parser.add_argument("--decay", type=int, default=3_000, help="last steps, in which the learning rate falls to 0")
+    parser.add_argument("--decay", type=int, default=6_000, help="last steps, in which the learning rate falls to 0")
     parser.add_argument(
         "--edits-from",
         type=int,
