@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,15 @@ def test_weights_are_really_outside_of_a_refit_engine() -> None:
         assert [refit_name(name).encode() in plan for plan in plans] == [False, True]
 
 
+@pytest.fixture
+def sigint() -> Iterator[None]:
+    """Python's own answer to Ctrl-C: a process started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint")
 def test_an_interrupted_build_stops() -> None:
     layers = layers_of(SMALL, RECIPES["bf16"], torch.bfloat16)
     traced = trace(SMALL, layers)
