@@ -130,7 +130,7 @@ def test_numbers_in_bf16(model: Path, tmp_path: Path, record_property: pytest.Re
     print(errors)
     for name, error in errors.items():
         record_property(f"error in bf16, {name}", error)
-    assert errors["fp32"] < 1.3 * errors["eager"]
+    assert errors["fp32"] < 1.5 * errors["eager"]
 
 
 @pytest.mark.parametrize("model", MODELS, indirect=True)
