@@ -23,7 +23,7 @@ SIDE, GAP, LINE = 256, 8, 14  # pixels: of a picture, between two, and of a line
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # steps of 10 ms are no faster on two, which wait for each other when a core is busy
+    torch.set_num_threads(1)  # steps of 10 ms gain little by two, which wait for each other when a core is busy
     start = time.perf_counter()
     pipe = fluxkiln.Pipeline.from_pretrained("shapes")
     picture = pipe(PROMPT, seed=7).images[0]

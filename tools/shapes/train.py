@@ -8,7 +8,7 @@
 
 Every stage is seeded and resumes where it stopped. Training runs in `--workers` processes of one thread each that
 average their gradients: on few cores this is faster than threads, which wait for each other at every operation. On a
-GPU, one does: `--device cuda --workers 1`.
+GPU, one should do: `--device cuda --workers 1` (no GPU has run it yet).
 """
 
 from __future__ import annotations
