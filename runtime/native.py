@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fluxkiln.config import FluxConfig
+from fluxkiln.fit import refuse_misfit
 from fluxkiln.locate import Located
 from fluxkiln.names import SWAPPED, to_diffusers, to_native
 from fluxkiln.safetensors_file import CheckpointError
 
-_SHOWN = 3  # names of each sort in an error
 _VARIANT_WORDS = ("kontext", "canny", "depth", "fill", "schnell", "krea", "dev")  # `flux1-dev-kontext` is Kontext
 _TELLING = {  # dimensions of the tensors off which the sizes are read
     "img_in.weight": 2,
@@ -84,12 +84,8 @@ class Native:
             for name, shape in expected.items()
             if name in self._parts and not self._missing(name) and not self._fits(name, shape)
         ]
-        faults = {"missing": missing, "unexpected": self._unknown + extra, "misshapen": misshapen}
-        if any(faults.values()):
-            raise CheckpointError(
-                f"{self._path} does not fit a FLUX.1 transformer of {config.depth} + {config.depth_single_blocks} "
-                "blocks: " + "; ".join(_listed(sort, names) for sort, names in faults.items() if names)
-            )
+        what = f"a FLUX.1 transformer of {config.depth} + {config.depth_single_blocks} blocks"
+        refuse_misfit(f"{self._path} does not fit {what}", missing, self._unknown + extra, misshapen)
 
     def _place(self, name: str) -> None:
         """Note which rows of which native tensor the stored tensor `name` is."""
@@ -156,11 +152,6 @@ def _guesses(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]
 def _spelled(name: str) -> str:
     """ComfyUI's newer files call the norm weights `weight`, the original release `scale`."""
     return f"{name.removesuffix('.weight')}.scale" if name.endswith("_norm.weight") else name
-
-
-def _listed(sort: str, names: list[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return f"{len(names)} {sort} ({shown}{', ...' if len(names) > _SHOWN else ''})"
 
 
 def _variant(config: FluxConfig, located: Located) -> str:
