@@ -29,14 +29,13 @@ class ModelUnavailableError(FileNotFoundError):
     """A model is not here and cannot be fetched; the message says why and lists the three steps that get it."""
 
 
-def resolve(model: str | Path, folders: Sequence[str] = PIPELINE_FOLDERS, revision: str | None = None) -> Path:
+def resolve(model: str | Path, folders: Sequence[str] = PIPELINE_FOLDERS) -> Path:
     """The local path of a model, downloaded if it has to be.
 
     Args:
         model: a bundled model (`shapes`), a file or folder, a hub repository (`owner/name`), or a file in one
             (`owner/name/file.safetensors`).
         folders: which folders of a diffusers repository are needed, e.g. only `transformer`.
-        revision: branch, tag or commit of the repository.
 
     Raises:
         ModelUnavailableError: it is not here, and not to be had from the hub.
@@ -53,7 +52,7 @@ def resolve(model: str | Path, folders: Sequence[str] = PIPELINE_FOLDERS, revisi
             f"{model} is not there, and is neither a bundled model ({', '.join(BUNDLED)}) nor a name on the hub "
             f"like {_EXAMPLE}\n{_steps(_EXAMPLE)}"
         )
-    return _fetch(match["repo"], match["file"], folders, revision)
+    return _fetch(match["repo"], match["file"], folders)
 
 
 def choose_files(names: Iterable[str], folders: Sequence[str], repo: str) -> list[str]:
@@ -96,21 +95,21 @@ def _one_copy(names: Sequence[str]) -> list[str]:
     return []
 
 
-def _fetch(repo: str, file: str | None, folders: Sequence[str], revision: str | None) -> Path:
+def _fetch(repo: str, file: str | None, folders: Sequence[str]) -> Path:
     """Download what the cache lacks; where the hub refuses or does not answer, be content with a whole cached copy."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     try:
         if file:
-            return Path(hf_hub_download(repo, file, revision=revision))
+            return Path(hf_hub_download(repo, file))
         # not `list_repo_files`: without a network it retries for half a minute before the cache is asked
-        listed = HfApi().model_info(repo, revision=revision).siblings or []
+        listed = HfApi().model_info(repo).siblings or []
         chosen = choose_files((entry.rfilename for entry in listed), folders, repo)
-        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=[_literal(name) for name in chosen]))
+        snapshot = Path(snapshot_download(repo, allow_patterns=[_literal(name) for name in chosen]))
     except CheckpointError:
         raise
     except Exception as error:  # the hub's own errors, and those of whichever HTTP library it uses
-        cached = None if file else _cached(repo, folders, revision)
+        cached = None if file else _cached(repo, folders)
         if cached is None:
             raise ModelUnavailableError(f"{repo} {_reason(error, file)}\n{_steps(repo)}") from error
         snapshot, chosen = cached
@@ -118,14 +117,13 @@ def _fetch(repo: str, file: str | None, folders: Sequence[str], revision: str | 
     return snapshot if "model_index.json" in chosen or len(weights) > 1 else snapshot / weights[0]
 
 
-def _cached(repo: str, folders: Sequence[str], revision: str | None) -> tuple[Path, list[str]] | None:
+def _cached(repo: str, folders: Sequence[str]) -> tuple[Path, list[str]] | None:
     """The cached snapshot and what is to be read from it, if every folder is there."""
     from huggingface_hub import snapshot_download
 
     try:
         # asking for one file finds the snapshot; asking for all would want those that were left out on purpose
-        asked = {"allow_patterns": ["model_index.json"], "local_files_only": True}
-        snapshot = Path(snapshot_download(repo, revision=revision, **asked))
+        snapshot = Path(snapshot_download(repo, allow_patterns=["model_index.json"], local_files_only=True))
         names = [entry.relative_to(snapshot).as_posix() for entry in snapshot.rglob("*") if entry.is_file()]
         chosen = choose_files(names, folders, repo)
     except (OSError, CheckpointError):
