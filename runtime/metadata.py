@@ -77,6 +77,9 @@ def save(image: Image.Image, path: str | Path, record: Record | None = None, ove
             if _rename_to_free(temporary, candidate):
                 return candidate
         raise AssertionError("unreachable")
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # not the temporary name, and a full disk has none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ header takes to read.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -220,10 +221,13 @@ def save_file(path: str | Path, tensors: Iterable[tuple[str, Tensor]], metadata:
 
     Raises:
         ValueError: two tensors have one name, or a dtype has no place in the format.
+        OSError: `path` cannot be written, or its disk is full.
     """
     import torch
 
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -241,6 +245,10 @@ def save_file(path: str | Path, tensors: Iterable[tuple[str, Tensor]], metadata:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename in (None, str(partial)):  # a full disk has no name, the temporary one tells nobody anything
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

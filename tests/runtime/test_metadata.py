@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import errno
 import os
 import struct
 import threading
@@ -222,11 +223,12 @@ def test_without_hard_links(tmp_path: Path, image: Image.Image, monkeypatch: pyt
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     def replace(*_: Any) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match="disk full") as refusal:
         metadata.save(image, tmp_path / "a.png", overwrite=True)
+    assert refusal.value.filename == str(tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []
 
 

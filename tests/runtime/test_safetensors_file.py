@@ -1,6 +1,8 @@
 """The safetensors container: against the safetensors library both ways, and every way in which a file is damaged."""
 
+import errno
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -98,6 +100,18 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert SafetensorsFile(path).tensor("x").sum() == 4
     with pytest.raises(ValueError, match="two tensors are named x"):
         save_file(path, [("x", torch.ones(1)), ("x", torch.ones(1))], {})
+
+
+@pytest.mark.parametrize("place", ["", "none/a.safetensors", "full.safetensors"])
+def test_what_cannot_be_written_is_named(tmp_path, monkeypatch, place):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space|No such|Is a directory") as refusal:
+        save_file(tmp_path / place, [("x", torch.ones(1))], {})
+    assert refusal.value.filename == str(tmp_path / place)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_digest_sees_every_tensor_and_is_the_same_for_a_copy(tmp_path):
