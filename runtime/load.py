@@ -60,7 +60,8 @@ def load_transformer(
         dtype: of everything else; None follows the precision.
         recipe: which layer gets which format, where it is not the precision's own; a JSON file of one will do.
         fallback: take another backend if the one asked for cannot run this, and say so in the record.
-        engine: which one `trt` runs, slower or not: the beginning of its key, or its folder; None finds one that fits.
+        engine: the one that `trt` runs, slower or not: the beginning of its key, or its folder; None finds one that
+            fits. With `auto` it asks for `trt`.
 
     Raises:
         CheckpointError: the path holds something else, or is damaged.
@@ -82,8 +83,10 @@ def load_transformer(
     recipe = recipe or choose_recipe(precision, checkpoint)
     recipe.check(name.removesuffix(".weight") for name in checkpoint.names if name.endswith(".weight"))
     place = default_device(device)
-    if engine is not None and backend not in ("auto", "trt"):
-        raise ValueError(f"engine is for backend trt, got backend {backend!r}")
+    if engine is not None:
+        if backend not in ("auto", "trt"):
+            raise ValueError(f"engine is for backend trt, got backend {backend!r}")
+        backend = "trt"
     config, layers = checkpoint.config, partial(Layers, checkpoint, recipe, dtype=dtype)
     find = partial(_find, checkpoint, recipe, place, dtype, engine)
     choice = choose(backend, config, recipe, place, dtype, fallback, find, insist=engine is not None)

@@ -125,15 +125,18 @@ def test_who_names_an_engine_or_measures_it_runs_it_slower_or_not(monkeypatch: p
     measured("triton", 0.2)
     monkeypatch.setattr("fluxkiln.engine.find", lambda *args: ENGINE)
     assert step._choose("trt", DEV, "fp8", GPU, "bf16").backend == "trt"
-    told: list[bool] = []
-    monkeypatch.setattr(load, "choose", lambda *args, insist: told.append(insist) or chosen("trt", insist=insist))
+    told: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        load, "choose", lambda name, *args, insist: told.append((name, insist)) or chosen("trt", insist=insist)
+    )
     monkeypatch.setattr(load, "default_device", lambda device: GPU)
     monkeypatch.setattr("fluxkiln.engine.supply", lambda *args: pytest.fail("far enough"))
     with pytest.raises(RefusedError, match="is slower than triton"):
         fluxkiln.load_transformer("shapes", backend="trt")
-    with pytest.raises(pytest.fail.Exception, match="far enough"):
-        fluxkiln.load_transformer("shapes", backend="trt", engine="0123")
-    assert told == [False, True]
+    for backend in ("trt", "auto"):
+        with pytest.raises(pytest.fail.Exception, match="far enough"):
+            fluxkiln.load_transformer("shapes", backend=backend, engine="0123")
+    assert told == [("trt", False), ("trt", True), ("trt", True)]
 
 
 @pytest.mark.usefixtures("card")
