@@ -31,8 +31,7 @@ def run(args: argparse.Namespace) -> int:
         rows = registry.matrix(archs, args.op, progress=lambda row: bar.update())
     broken = [row for row in rows if row.get("broken")]
     if args.json:
-        json.dump(rows, sys.stdout, indent=1)
-        print()
+        print(json.dumps(rows, indent=1))
     else:
         for name in dict.fromkeys(row["arch"] for row in rows):
             print(table([row for row in rows if row["arch"] == name], name))

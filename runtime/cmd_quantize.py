@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 CALIBRATION_STEPS = 8  # of the schedule: inputs are largest near its ends, and both are seen
@@ -38,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = Recipe.from_json(args.recipe.read_text()) if args.recipe else RECIPES[args.precision]
     if args.rank is not None:
+        if all(rule.format != "nvfp4" for _, rule in recipe.rules):
+            raise ValueError(f"--rank is of branches beside NVFP4 weights, and the recipe {recipe.name} has none")
         ranked = (
             (pattern, dataclasses.replace(rule, rank=args.rank) if rule.format == "nvfp4" else rule)
             for pattern, rule in recipe.rules
@@ -52,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
         counts = quantize_file(source, args.target, recipe, device, statistics, progress=lambda name: bar.update())
     size = args.target.stat().st_size
     if args.json:
-        json.dump({"target": str(args.target), "bytes": size, "layers": counts, "recipe": recipe.name}, sys.stdout)
-        print()
+        print(json.dumps({"target": str(args.target), "bytes": size, "layers": counts, "recipe": recipe.name}))
     else:
         layers = ", ".join(f"{count} {format}" for format, count in sorted(counts.items()))
         print(f"{args.target}: {size / 1e9:.2f} GB, linears: {layers}")

@@ -45,8 +45,7 @@ def run(args: argparse.Namespace) -> int:
     wrong = [verdict for verdict in verdicts if not verdict.passed]
     if args.json:
         rows = [dataclasses.asdict(verdict) | {"passed": verdict.passed} for verdict in verdicts]
-        json.dump(rows, sys.stdout, indent=1)
-        print()
+        print(json.dumps(rows, indent=1))
     elif wrong:
         print(
             f"{len(wrong)} of {len(verdicts)} failed, or are more than {SLACK:g} times as wrong as eager and this "
@@ -73,8 +72,7 @@ def engines(args: argparse.Namespace) -> int:
     machine = versions("cuda")
     if args.json:
         rows = [dataclasses.asdict(verdict) | {"passed": verdict.passed} for verdict in verdicts]
-        json.dump({"machine": machine, "engines": rows}, sys.stdout, indent=1)
-        print()
+        print(json.dumps({"machine": machine, "engines": rows}, indent=1))
     else:
         print(report(verdicts, machine))
     ran = [verdict for verdict in verdicts if verdict.refused is None]
