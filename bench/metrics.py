@@ -18,10 +18,11 @@ Picture = NDArray[np.generic]
 Metric = Callable[[Picture, Picture], float]
 
 
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a share, 95 % by default; (0, 1) when nothing was tried."""
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share; (0, 1) when nothing was tried."""
     if n == 0:
         return 0.0, 1.0
+    z = 1.96
     share, spread = successes / n, z * z / n
     middle = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))

@@ -279,12 +279,9 @@ def draw(scene: Scene, width: int = 64, height: int = 64) -> Image.Image:
     return image.reduce(_SUPERSAMPLING)
 
 
-def things_in_relation(relation: str, looks: list[tuple[str, str, str]], styles: tuple[str, str] = ("plain", "plain")):
+def things_in_relation(relation: str, looks: list[tuple[str, str, str]]) -> tuple[Thing, ...]:
     """Two things of (shape, colour, size) placed so that the first is `relation` the second."""
-    placed = [
-        Thing.of(s, c, z, cell, style)
-        for (s, c, z), cell, style in zip(looks, RELATION_CELLS[relation], styles, strict=True)
-    ]
+    placed = [Thing.of(*look, cell) for look, cell in zip(looks, RELATION_CELLS[relation], strict=True)]
     if relation == "inside":
         placed = [placed[0].replace(radius=INNER_RADIUS), placed[1].replace(radius=OUTER_RADIUS)]
     return tuple(placed)

@@ -69,7 +69,7 @@ def _size(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _shortened(values: Iterable[float], shown: int = 3) -> str:
+def _shortened(values: Iterable[float]) -> str:
     """All of a few values, the ends of many."""
     texts = [f"{value:.4g}" for value in values]
-    return " ".join(texts if len(texts) <= 2 * shown else [*texts[:shown], "…", *texts[-shown:]])
+    return " ".join(texts if len(texts) <= 6 else [*texts[:3], "…", *texts[-3:]])

@@ -157,8 +157,8 @@ def guidance_values(guidance: Guidance, sigmas: Sequence[float]) -> tuple[float,
             raise ValueError(f"guidance_scale has {len(values)} values, but {steps} steps run")
     else:
         values = [float(guidance)] * steps
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"guidance_scale must be finite, got {values}")
+    if bad := [g for g in values if not math.isfinite(g)]:
+        raise ValueError(f"guidance_scale must be finite, got {bad[0]}")
     return tuple(values)
 
 
