@@ -301,7 +301,6 @@ def test_tiles_differ_little_and_show_no_seam() -> None:
     assert rough[cuts].max() < 2 * rough.mean()
 
 
-@pytest.mark.skipif(not BUNDLED.is_dir(), reason="the bundled model is not in this checkout")
 def test_tiles_of_the_bundled_model_are_invisible() -> None:
     """Trained weights: at most half of one step of 255."""
     model = load_autoencoder(BUNDLED)
