@@ -13,6 +13,7 @@ What the interpreter of Triton 3.6 to 3.9 gets wrong, and this module puts right
     fp8 -> fp32             the NaN code reads as 480     -> NaN
     dot of fp16 and fp8     sums in the output's dtype    -> exact products summed in fp32, rounded once
     dot_scaled              missing (3.6, 3.7), wrong for NVFP4 (3.9)
+    maximum, minimum, clamp keep a NaN (3.6, 3.7)         -> give the number, unless asked to propagate the NaN
     masked load, no `other` fills with zeros, hiding the omission -> all bits one (NaN), as good as undefined
     int(tensor)             fails with numpy >= 2.4 (3.6)
 
@@ -242,10 +243,15 @@ class Builder(InterpreterBuilder):
             return _narrow(super().create_fma(_widen(x), _widen(y), _widen(z)))
         return super().create_fma(x, y, z)
 
+    def create_maxnumf(self, x: TensorHandle, y: TensorHandle) -> TensorHandle:
+        return self.binary_op(x, y, np.fmax)
+
+    def create_minnumf(self, x: TensorHandle, y: TensorHandle) -> TensorHandle:
+        return self.binary_op(x, y, np.fmin)
+
     def create_clampf(self, x: TensorHandle, lo: TensorHandle, hi: TensorHandle, nans: Any) -> TensorHandle:
-        if _is_bf16(x):
-            return _narrow(super().create_clampf(_widen(x), _widen(lo), _widen(hi), nans))
-        return super().create_clampf(x, lo, hi, nans)
+        larger, smaller = (np.maximum, np.minimum) if nans == tl.PropagateNan.ALL else (np.fmax, np.fmin)
+        return self.binary_op(self.binary_op(x, lo, larger), hi, smaller)
 
     def create_masked_load(self, pointers: TensorHandle, mask: Any, other: Any, *rest: Any, **options: Any) -> Any:
         if other is None:

@@ -23,7 +23,7 @@ from fluxkiln.kernels.formats import NVFP4_MAX, TINY, Activation, Quant
 from fluxkiln.kernels.language import Launch, constexpr, jit, tl
 from fluxkiln.kernels.layers import Linear, Streams, by_stream
 from fluxkiln.kernels.packed import Packed, meta_input, meta_layer
-from fluxkiln.kernels.quantize import Empty, fresh, has_e2m1, nbytes, nvfp4_blocks, outputs, pointers
+from fluxkiln.kernels.quantize import Empty, fp8_codes, fresh, has_e2m1, nbytes, nvfp4_blocks, outputs, pointers
 from fluxkiln.kernels.tiles import Problem, Tile
 
 # --- constants and launch table ---------------------------------------------------------------
@@ -153,10 +153,8 @@ def _linear_gelu(
         # Every tile of a row finds the same scale: who writes it does not matter.
         tl.store(scale_ptr + first + rows, scale, mask=mask_m)
         if FORMAT == "fp8":
-            codes = y * (1.0 / scale)[:, None]
-            if LARGEST < 448.0:  # quantisation noise in x may take y beyond its bound; the conversion saturates at 448
-                codes = tl.clamp(codes, -LARGEST, LARGEST)
-            tl.store(data_ptr + first * N + rows[:, None] * N + offs_n[None, :], codes.to(tl.float8e4nv), mask=mask)
+            codes = fp8_codes(y, scale[:, None], LARGEST)  # quantisation noise in x may take y beyond its bound
+            tl.store(data_ptr + first * N + rows[:, None] * N + offs_n[None, :], codes, mask=mask)
         else:
             codes, block_scale = nvfp4_blocks(y, scale, M, WIDTH, E2M1)
             n = tl.min(offs_n, axis=0)

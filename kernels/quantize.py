@@ -106,7 +106,9 @@ def nvfp4_blocks(y, global_scale, M: tl.constexpr, N: tl.constexpr, PTX: tl.cons
     """Codes `[M, N / 2]` uint8 and block scales `[M, N / 16]` e4m3 of `y [M, N]` fp32, given `global_scale [M]`."""
     blocks = tl.reshape(y, (M, N // 16, 16))
     inverse = 1.0 / global_scale
-    amax = tl.max(tl.abs(blocks), axis=2)  # [M, N / 16]
+    # As integers, magnitudes have the order of the numbers, and a NaN is the largest: e2m1 has none, its block's scale has.
+    bits = tl.max(blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2)  # [M, N / 16]
+    amax = bits.to(tl.float32, bitcast=True)
     block_scale = (amax * (inverse * (1.0 / 6.0))[:, None]).to(tl.float8e4nv)
     step = block_scale.to(tl.float32)
     # A block whose scale rounds to zero becomes zeros; 2**-9 is the least e4m3 above zero.

@@ -61,6 +61,17 @@ def dot_scaled(
     tl.store(z_ptr + m[:, None] * N + n[None, :], z)
 
 
+def limit(x_ptr, y_ptr, N: tl.constexpr, OP: tl.constexpr, NANS: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, N))
+    if OP == "maximum":
+        y = tl.maximum(x, -1.0, propagate_nan=NANS)
+    elif OP == "minimum":
+        y = tl.minimum(x, 1.0, propagate_nan=NANS)
+    else:
+        y = tl.clamp(x, -1.0, 1.0, propagate_nan=NANS)
+    tl.store(y_ptr + tl.arange(0, N), y)
+
+
 def runtime_range(y_ptr, L):
     total = 0
     for i in range(0, L, 3):
@@ -128,6 +139,21 @@ def reduces(op, reference):
         y = torch.empty(8, dtype=torch.bfloat16)
         jit(reduce)[(1,)](x, y, 8, 64, op)
         return same(y, reference(x))
+
+    return case
+
+
+def limits(op, number, reference):
+    """A NaN stays where that is asked for, and is `number` otherwise."""
+
+    def case(jit):
+        x = torch.randn(64, generator=generator())
+        x[7] = torch.nan
+        kept, dropped = torch.empty(64), torch.empty(64)
+        jit(limit)[(1,)](x, kept, 64, op, tl.PropagateNan.ALL)
+        jit(limit)[(1,)](x, dropped, 64, op, tl.PropagateNan.NONE)
+        y = reference(x)
+        return same(kept, y) and same(dropped, y.nan_to_num(number))
 
     return case
 
@@ -203,6 +229,9 @@ CASES = {
     "mxfp8 dot": multiplies_scaled("e4m3", torch.uint8, 32),
     "mxfp4 dot": multiplies_scaled("e2m1", torch.uint8, 32),
     "nvfp4 dot": multiplies_scaled("e2m1", torch.float8_e4m3fn, 16),
+    "maximum of NaN": limits("maximum", -1.0, lambda x: x.clamp(min=-1)),
+    "minimum of NaN": limits("minimum", 1.0, lambda x: x.clamp(max=1)),
+    "clamp of NaN": limits("clamp", -1.0, lambda x: x.clamp(-1, 1)),
     "range over a runtime length": loops,
     "masked load without a fill value is undefined": leaves_undefined,
 }

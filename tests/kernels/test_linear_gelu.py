@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from accuracy import SQNR, Canaries, assert_as_good_as_eager, run, sqnr
+from accuracy import SQNR, Canaries, assert_as_good_as_eager, run, sqnr, values
 from products import AWKWARD, KINDS, activation, awkward, joint, layer, noise, small
 from torch import Tensor
 
@@ -93,6 +93,14 @@ def test_gelu_far_out():
     got = launched(x.bfloat16(), streams, 0, None, 90, small("bf16"))
     torch.testing.assert_close(got, torch.nn.functional.gelu(x.bfloat16()[..., :32], approximate="tanh"))
     assert (got[0, -8:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("out", OUTPUTS.values(), ids=OUTPUTS.keys())
+def test_a_nan_never_becomes_a_number(out: Quant | None):
+    (linear,) = layer("fp8", 32, 64)
+    linear.bias[3] = torch.nan
+    got = launched(activation(noise(1, 8, 64), "fp8"), Streams((linear,)), 0, out, 90, small("fp8"))
+    assert values(got)[..., 3].isnan().all()
 
 
 def test_no_row_exceeds_its_bound():

@@ -63,6 +63,15 @@ def test_other_dtypes_and_strides(dtype: torch.dtype):
     assert_as_good_as_eager(got, op.reference(x, Quant("fp8", "row")), x.double())
 
 
+@pytest.mark.parametrize("quant", RULES.values(), ids=RULES.keys())
+def test_a_nan_never_becomes_a_number(quant: Quant):
+    x = awkward(1, 6, 48)
+    x[0, 2, 21] = torch.nan
+    got = values(run(op.launch(x, quant, arch=90)))
+    assert got[0, 2, 21].isnan()
+    assert got[0, [0, 1, 3, 4, 5]].isfinite().all()
+
+
 def test_an_image_of_a_batch_is_what_it_is_alone():
     x = awkward(3, 5, 96)
     for quant in RULES.values():
