@@ -44,7 +44,7 @@ from fluxkiln.config import DEV, FluxConfig
 from fluxkiln.kernels import EAGER, Ops, eager_ops, registry
 from fluxkiln.kernels.attention import Query, Values
 from fluxkiln.kernels.formats import Fp8, Nvfp4, Quant
-from fluxkiln.kernels.language import Launch
+from fluxkiln.kernels.language import Launch, on
 from fluxkiln.kernels.layers import Linear, Projection, QKNorm, Streams
 from fluxkiln.kernels.recipe import RECIPES, Recipe
 from fluxkiln.load import default_device
@@ -564,7 +564,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = default_device(args.device)
     if device.type == "cpu" and not args.tiny:
         parser.error("there is no GPU here; --tiny rehearses on a CPU")
-    with torch.inference_mode():
+    with torch.inference_mode(), on(device):
         if args.contestant is not None:
             print(json.dumps(compete(CONTESTANTS[args.contestant], device, args.tiny)))
             return DONE

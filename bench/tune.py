@@ -41,7 +41,7 @@ from fluxkiln.kernels import (
 )
 from fluxkiln.kernels.backend import native_arch, refuse
 from fluxkiln.kernels.formats import Fp8
-from fluxkiln.kernels.language import Launch
+from fluxkiln.kernels.language import Launch, on
 from fluxkiln.kernels.tiles import MEASURED, Problem, Tile
 from fluxkiln.load import default_device
 from fluxkiln.record import versions
@@ -241,7 +241,7 @@ def run(args: argparse.Namespace) -> int:
     precisions = args.precision or [f for f in registry.FORMATS if registry.refuse_format(f, arch) is None]
     config, sizes = (TINY, TINY_SIZES) if args.tiny else (DEV, {name: SIZES[name] for name in args.size})
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    with torch.inference_mode():
+    with torch.inference_mode(), on(device):
         for case in everything(config, sizes, precisions):
             if case.op not in args.op or time.monotonic() > deadline:
                 continue

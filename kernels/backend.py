@@ -324,7 +324,7 @@ class CapturedStep:
         # The graph writes to the arena's buffers: they must live as long as it does, whatever the arena does later.
         self._buffers = list(transformer.ops.pack.__self__.arena.buffers.values())
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=side):  # torch's own would be the first GPU's
             self._velocity = transformer.step(**vars(self._inputs))
 
     def __call__(self, img: Tensor, txt: Tensor, mods: Tensor, rope: Tensor) -> Tensor:

@@ -10,9 +10,12 @@ install.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 try:
     import triton.language as tl
@@ -21,7 +24,7 @@ try:
 except ImportError:  # no wheel for this platform
     tl = JITFunction = TensorDescriptor = None
 
-__all__ = ["MISSING", "Launch", "TensorDescriptor", "constexpr", "jit", "tl"]
+__all__ = ["MISSING", "Launch", "TensorDescriptor", "constexpr", "jit", "on", "tl"]
 
 MISSING = "Triton is not installed: pip install 'triton>=3.6' (Linux), or use backend='eager'"
 
@@ -37,17 +40,25 @@ class Kernel(JITFunction or object):
     """A Triton function that is interpreted when its first argument lives in the CPU's memory."""
 
     def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        if not warmup and getattr(args[0], "base", args[0]).device.type == "cpu":  # a descriptor has a base
+        device = getattr(args[0], "base", args[0]).device  # a descriptor has a base
+        if not warmup and device.type == "cpu":
             from fluxkiln.kernels import interpret
 
             return interpret.launch(self, grid, args, options)
-        return super().run(*args, grid=grid, warmup=warmup, **options)
+        with on(device):
+            return super().run(*args, grid=grid, warmup=warmup, **options)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """One Triton function calls another: only ever reached in the interpreter."""
         from fluxkiln.kernels import interpret
 
         return interpret.call(self, *args, **options)
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Inside, a GPU is the current one: Triton compiles for that and launches on it, wherever the arguments are; events
+    and streams are made on it."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def jit(fn: Callable[..., Any] | None = None, **options: Any) -> Any:

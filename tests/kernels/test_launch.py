@@ -1,19 +1,46 @@
 """Every launch goes through Triton's own driver code, up to where a GPU would take over."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import triton
+from triton.runtime.jit import JITFunction
 
 from fluxkiln.kernels import registry, resources
 from fluxkiln.kernels.arch import ARCHS, NATIVE
+from fluxkiln.kernels.language import jit
 
 HERE = Path(__file__).parent
+
+
+@jit
+def _kernel(x): ...
+
+
+def test_a_kernel_runs_on_the_gpu_of_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton asks for the current GPU alone."""
+    seen = []
+
+    @contextlib.contextmanager
+    def current(device: torch.device):
+        seen.append(device)
+        yield
+        seen.append("out")
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(JITFunction, "run", lambda *args, **options: seen.append("run"))
+    second = SimpleNamespace(device=torch.device("cuda:1"))
+    for x in (second, SimpleNamespace(base=second)):  # a tensor and a descriptor
+        _kernel[(1,)](x)
+    assert seen == 2 * [torch.device("cuda:1"), "run", "out"]
 
 
 @pytest.mark.long  # compiles 17 to 23 kernels for each architecture
