@@ -276,7 +276,7 @@ def normed(q: Query) -> Tensor | Fp8:
 
 def _fp8_attention(q: Tensor, k: Tensor, v: Tensor, exact: bool) -> Tensor:
     """One head at a time: the scores of all heads of a large picture are gigabytes."""
-    o = torch.empty_like(v)
+    o = torch.empty_like(q)
     for b, h in torch.cartesian_prod(torch.arange(q.shape[0]), torch.arange(q.shape[2])).tolist():
         scores = q[b, :, h] @ k[b, :, h].T / math.sqrt(q.shape[-1])
         p = torch.exp(scores - scores.amax(-1, keepdim=True))
