@@ -8,7 +8,6 @@ and when. Nothing is tuned at run time, and nothing depends on the number of ima
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -143,14 +142,15 @@ def section(name: str) -> tuple[dict[str, Any], ...]:
 
 
 @functools.cache
-def measured() -> dict[tuple, list[tuple[int, Tile]]]:
+def measured() -> dict[Problem, list[tuple[int, Tile]]]:
     """Fastest tiles of `tiles.json`, by problem: (rows in all, tile) of each size that was timed."""
-    table: dict[tuple, list[tuple[int, Tile]]] = {}
+    table: dict[Problem, list[tuple[int, Tile]]] = {}
     for row in json.loads(MEASURED.read_text())["rows"] if MEASURED.exists() else ():
         problem = Problem(**row["problem"] | {"rows": tuple(row["problem"]["rows"])})
         table.setdefault(_key(problem), []).append((sum(problem.rows), Tile(**row["tile"])))
     return table
 
 
-def _key(problem: Problem) -> tuple:
-    return dataclasses.astuple(replace(problem, rows=(len(problem.rows),)))
+def _key(problem: Problem) -> Problem:
+    """The problem at any size: the number of its streams in the place of their rows."""
+    return replace(problem, rows=(len(problem.rows),))

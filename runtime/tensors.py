@@ -181,7 +181,7 @@ class Tensors(Mapping[str, "Tensor"]):
         """Write the parameter, dequantised and rounded once, into `out`, a tensor of its shape."""
         layout = self._layouts[name]
         if layout.format == "plain":
-            out.copy_(self._raw(name))
+            out.copy_(self._raw(name).to(out.device))  # to a GPU as it is stored, and converted there
         else:
             self._dequantize_into(out, name, layout)
         self._home[name].release(self.prefix + name)
