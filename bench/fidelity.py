@@ -101,16 +101,16 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], side: int =
     return sheet
 
 
-def main(argv: Sequence[str]) -> int:
-    """The command line of `compare`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="fluxkiln bench image compare", description="Two folders of pictures.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path, help="the reference")
     parser.add_argument("--floor", type=Path, help="another implementation's pictures: how far chance alone goes")
     parser.add_argument("--sheet", type=Path, help="contact sheet to write, the pictures side by side")
     parser.add_argument("--lpips", choices=learned.LPIPS_NETS, help="also LPIPS, with the package and weights you have")
     parser.add_argument("--json", action="store_true")
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
     extra = {"lpips": learned.lpips(args.lpips)} if args.lpips else None
     results = {"fidelity": fidelity(args.a, args.b, extra)}
     if args.floor:

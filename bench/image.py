@@ -32,6 +32,7 @@ from PIL import Image
 from fluxkiln.bench import fidelity, learned, metrics, report, shapes_judge, suite
 from fluxkiln.bench.fidelity import contact_sheet, read
 from fluxkiln.bench.suite import Item
+from fluxkiln.cli import pixels
 
 if TYPE_CHECKING:
     from fluxkiln.pipeline import Output, Pipeline
@@ -255,21 +256,6 @@ def _pictures(item: Item, folder: Path, side: int) -> list[Image.Image]:
 # -- commands -------------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"compare": fidelity.main, "ablate": _ablate}
-    parser = argparse.ArgumentParser(prog="fluxkiln bench image")
-    add_arguments(parser)
-    try:
-        if argv and argv[0] in commands:
-            return commands[argv[0]](argv[1:])
-        return run(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"fluxkiln bench image: {error}", file=sys.stderr)
-        return 2
-
-
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What says which model makes which pictures."""
     parser.add_argument("--suite", default="shapes", help="bundled suite, JSONL file, or KontextBench folder")
@@ -280,18 +266,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="of everything but the block linears")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0, help="the n-th item of the suite has this seed plus n")
-    parser.add_argument("--size", type=_size, metavar="WxH", help="of pictures whose item does not say, in pixels")
+    parser.add_argument("--size", type=pixels, metavar="WxH", help="of pictures whose item does not say, in pixels")
     parser.add_argument("--limit", type=int, help="only so many items of each category")
     parser.add_argument("--category", nargs="+", help="only these categories")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-
-
-def _size(text: str) -> tuple[int, int]:
-    try:
-        width, height = map(int, text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, such as 96x128, got {text!r}") from None
-    return width, height
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -324,12 +302,16 @@ def select(args: argparse.Namespace) -> list[Item]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from fluxkiln.bench import ablation
+
     commands = parser.add_subparsers(metavar="COMMAND")
-    for name in ("compare", "ablate"):
-        # What follows is for the command's own parser: nothing of it is an option here.
-        command = commands.add_parser(name, add_help=False, prefix_chars="\0")
-        command.add_argument("argv", nargs="*")
-        command.set_defaults(command=name)
+    for name, module, what in (
+        ("compare", fidelity, "say how far the pictures of one folder are from those of another"),
+        ("ablate", ablation, "quantise one kind of layer at a time and measure the pictures"),
+    ):
+        command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
     add_model_arguments(parser)
     several = "; several make a run each"
     parser.add_argument("--guidance", type=float, nargs="+", default=[None], help=f"distilled guidance{several}")
@@ -352,8 +334,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if "command" in args:
-        return main([args.command, *args.argv])
     items = select(args)
     pairs = itertools.product(args.guidance, args.true_cfg_scale)
     sweep = [Settings(args.steps, guidance, args.seed, cfg, args.negative_prompt) for guidance, cfg in pairs]
@@ -456,13 +436,3 @@ def _print(args: argparse.Namespace, results: dict[str, Any]) -> None:
     if "note" in results and args.precision not in DTYPES:
         print(results["note"])
     print(f"{args.out / 'results.json'}")
-
-
-def _ablate(argv: Sequence[str]) -> int:
-    from fluxkiln.bench import ablation
-
-    return ablation.main(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

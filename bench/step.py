@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fluxkiln import workload
+from fluxkiln.cli import pixels
 from fluxkiln.config import CONTROL, DEV, FILL, SCHNELL, FluxConfig, scaled_axes
 from fluxkiln.kernels.layers import Linear
 from fluxkiln.kernels.recipe import RECIPES, Recipe, quantize
@@ -379,10 +380,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--double", type=int, metavar="N", help="double blocks, instead of the configuration's")
     parser.add_argument("--single", type=int, metavar="N", help="single blocks, instead of the configuration's")
     parser.add_argument("--width", type=int, metavar="D", help="hidden size, instead of the configuration's")
-    parser.add_argument("--size", default="1024x1024", metavar="WxH", help="pixels of the image (default 1024x1024)")
+    parser.add_argument(
+        "--size", type=pixels, default="1024x1024", metavar="WxH", help="pixels of the image (default 1024x1024)"
+    )
     parser.add_argument("--tokens", type=int, metavar="N", help="image tokens, instead of --size")
     parser.add_argument("--text", type=int, default=512, metavar="N", help="text tokens (default 512)")
-    parser.add_argument("--reference", action="append", default=[], metavar="WxH", help="a reference; may be repeated")
+    parser.add_argument("--reference", action="append", type=pixels, metavar="WxH", help="a reference; may be repeated")
     parser.add_argument("--batch", type=int, default=1, metavar="N")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--precision", choices=AGREEMENT, help="of the blocks' linears (default: the dtype)")
@@ -421,10 +424,9 @@ def spec_of(args: argparse.Namespace) -> Spec:
     for name in ("text", "batch", "rounds", *(["tokens"] if args.tokens is not None else [])):
         if getattr(args, name) < (name != "text"):
             raise ValueError(f"--{name} must be at least {int(name != 'text')}, got {getattr(args, name)}")
-    references = [_pixels(text) for text in args.reference]
-    if args.config == "kontext" and not references:
-        references = [_pixels(args.size)]
-    tokens = Tokens.of_size(*_pixels(args.size), args.text, references, args.batch)
+    references = args.reference or [args.size] * (args.config == "kontext")
+    width, height = args.size
+    tokens = Tokens.of_size(width, height, args.text, references, args.batch)
     if args.tokens is not None:
         tokens = dataclasses.replace(tokens, image=args.tokens)
     device, precision = default_device(args.device), args.precision or args.dtype
@@ -432,10 +434,3 @@ def spec_of(args: argparse.Namespace) -> Spec:
         raise ValueError("precision bf16 is a dtype as well: give --dtype bf16")
     choice = _choose(args.backend, config, precision, device, args.dtype)
     return Spec(config, tokens, args.dtype, precision, choice.backend, str(device))
-
-
-def _pixels(text: str) -> tuple[int, int]:
-    width, cross, height = text.partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= 16):
-        raise ValueError(f"a size is WIDTHxHEIGHT in pixels, each at least 16, got {text!r}")
-    return int(width), int(height)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from fluxkiln.cli import pixels
 from fluxkiln.engines.store import Manifest, Store, default_root, read_manifest
 from fluxkiln.export.arguments import add_graph_arguments
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("refit", "inside"),
         help="supplied at load (small engines), or inside: the autoencoder's are",
     )
-    parser.add_argument("--max-size", default="2048x2048", metavar="WxH", help="largest image, in pixels")
+    parser.add_argument("--max-size", type=pixels, default="2048x2048", metavar="WxH", help="largest image, in pixels")
     parser.add_argument("--references", type=int, default=2, help="Kontext references that must fit beside it")
     parser.add_argument("--max-batch", type=int, default=1)
     parser.add_argument("--flavour", default="tensorrt_rtx", choices=("tensorrt_rtx", "tensorrt"))
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"the {args.part} has its weights inside: TensorRT takes those of convolutions no other way")
     exported = export(args.model, args.part, args.precision, args.form, args.recipe)
     traced = exported.traced
-    profile = Profile.of(_size(args.max_size), args.references, args.max_batch)
+    profile = Profile.of(args.max_size, args.references, args.max_batch)
     say = (lambda text: None) if args.json else print
     need, free = memory_needed(traced, weights), available_memory()
     say(f"{args.model}: {exported.part}, {exported.recipe.name}; the build needs up to {need / GIB:.1f} GiB")
@@ -64,11 +64,12 @@ def run(args: argparse.Namespace) -> int:
         subject = exported.subject(args.precision, arch, profile, weights, installed)
         if args.fallback:
             subject = replace(subject, options={"fallback": True})
-        found = store.find(subject)
-        if found and found.refusal is None and not args.force:
-            say(f"{arch}: in the store already, {found.folder}")
-            results.append(_result(found.folder, found.manifest, built=False))
-            continue
+        if not args.force and (found := store.find(subject)):
+            if (damage := store.verify(found)) is None:
+                say(f"{arch}: in the store already, {found.folder}")
+                results.append(_result(found.folder, found.manifest, built=False))
+                continue
+            say(f"{arch}: {damage}: it is built again")
         tensors = exported.values() if weights == "inside" else None
         with _Bar(arch, hidden=args.json) as bar:
             built = build(
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         )
         results.append(_result(folder, read_manifest(folder), built=True))
     if args.json:
-        json.dump(results, sys.stdout, indent=1)
+        print(json.dumps(results, indent=1))
     return 0
 
 
@@ -132,14 +133,6 @@ def _result(folder: Path, manifest: Manifest | None, built: bool) -> dict[str, A
         "structure": manifest.structure,
         "built": built,
     }
-
-
-def _size(text: str) -> tuple[int, int]:
-    try:
-        width, height = (int(side) for side in text.lower().split("x"))
-    except ValueError:
-        raise ValueError(f"--max-size must be WIDTHxHEIGHT in pixels, for example 2048x2048, got {text!r}") from None
-    return width, height
 
 
 class _Bar:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import fluxkiln
+from fluxkiln.config import TOKEN_PIXELS
 
 # Command -> (module with `add_arguments(parser)` and `run(args) -> exit code`, what it does), or a group of commands.
 Table = Mapping[str, "tuple[str, str] | tuple[Table, str]"]
@@ -80,6 +81,15 @@ def sentence(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {error}; run the command with --debug for where it happened"
 
 
+def pixels(text: str) -> tuple[int, int]:
+    """(width, height) of an argument like 1024x768."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and min(int(width), int(height)) >= TOKEN_PIXELS):
+        sides = f"WIDTHxHEIGHT in pixels, each at least {TOKEN_PIXELS}"
+        raise argparse.ArgumentTypeError(f"must be {sides}, such as 1024x768, got {text!r}")
+    return int(width), int(height)
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Arguments, the prompt wherever it stands: argparse gives an optional word up at the first option before it."""
     parser = _parser(argv)
@@ -87,7 +97,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if len(rest) == 1 and rest[0].isprintable() and rest[0][:1] != "-" and getattr(args, "prompt", "") is None:
         args.prompt, rest = rest[0], []
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        words = getattr(args, "prompt", None) and not any(word.startswith("-") for word in rest)
+        quotes = ": put a prompt of several words in quotes" if words else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{quotes}")
     return args
 
 

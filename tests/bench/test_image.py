@@ -16,7 +16,9 @@ from PIL import Image
 import fluxkiln
 from fluxkiln.bench import fidelity, image, suite
 from fluxkiln.bench.shapes_scene import Background, Scene, Thing, draw
+from fluxkiln.cli import main
 
+BENCH = ["bench", "image"]
 SCENE = Scene(Background("plain", "blue"), (Thing.of("star", "red", "large"),))
 AFTER = SCENE.replace(things=(SCENE.things[0].replace(color="white"),))
 LAST = AFTER.replace(background=Background("plain", "green"))
@@ -113,7 +115,7 @@ def test_makes_again_what_would_come_out_differently(tmp_path: Path, change: str
 def test_an_item_has_the_same_seed_whatever_else_is_selected(painter: Painter, tmp_path: Path) -> None:
     path = suite_file(tmp_path, ITEMS)
     for extra in ([], ["--category", "free"]):
-        assert image.main(["--suite", str(path), "--out", str(tmp_path / f"run{len(extra)}"), *extra]) == 0
+        assert main([*BENCH, "--suite", str(path), "--out", str(tmp_path / f"run{len(extra)}"), *extra]) == 0
     assert [call["seed"] for call in painter.calls] == [1, 2, 3, 3]
 
 
@@ -136,7 +138,7 @@ def test_turns_edit_what_the_turn_before_made(tmp_path: Path) -> None:
 
 def test_a_turn_needs_the_one_before(painter: Painter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = suite_file(tmp_path, TURNS)
-    assert image.main(["--suite", str(path), "--category", "turn 2", "--out", str(tmp_path / "run")]) == 2
+    assert main([*BENCH, "--suite", str(path), "--category", "turn 2", "--out", str(tmp_path / "run")]) == 1
     assert "t-2 edits the picture of t-1, which is not made" in capsys.readouterr().err
 
 
@@ -153,7 +155,7 @@ def test_a_sweep_makes_a_run_for_each_value(
 ) -> None:
     path, out = suite_file(tmp_path, ITEMS), tmp_path / "sweep"
     options = ["--guidance", "0", "3.5", "--true-cfg-scale", "1", "2", "--negative-prompt", "green"]
-    assert image.main(["--suite", str(path), "--out", str(out), *options]) == 0
+    assert main([*BENCH, "--suite", str(path), "--out", str(out), *options]) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert table[0] == ["single", "recolor", "prompts", "edits", "all"]
     assert table[1] == ["guidance-0", "0.0%", "0.0%", "0.0%", "0.0%", "0.0%"]
@@ -162,7 +164,7 @@ def test_a_sweep_makes_a_run_for_each_value(
     assert (results["guidance"], results["true_cfg_scale"], results["negative_prompt"]) == (3.5, 2.0, "green")
     negatives = [call.get("negative_prompt") for call in painter.calls]
     assert negatives == [None, None, None, "green", "green", "green"] * 2
-    assert image.main(["--suite", str(path), "--guidance", "1", "2", "--floor", str(out)]) == 2
+    assert main([*BENCH, "--suite", str(path), "--guidance", "1", "2", "--floor", str(out)]) == 1
     assert "go with one --guidance" in capsys.readouterr().err
 
 
@@ -185,7 +187,7 @@ def test_a_background_left_open_may_be_any_but_one(tmp_path: Path, background: s
 @pytest.mark.parametrize("size", [(96, 64), (64, 128)])
 def test_other_sizes(painter: Painter, tmp_path: Path, size: tuple[int, int]) -> None:
     path, out = suite_file(tmp_path, ITEMS), tmp_path / "run"
-    assert image.main(["--suite", str(path), "--size", f"{size[0]}x{size[1]}", "--out", str(out)]) == 0
+    assert main([*BENCH, "--suite", str(path), "--size", f"{size[0]}x{size[1]}", "--out", str(out)]) == 0
     assert painter.calls[1]["image"].size == size
     assert [(call["width"], call["height"]) for call in painter.calls] == [size, size, (32, 48)]
     assert json.loads((out / "results.json").read_text())["summary"]["all"]["right"] == 2
@@ -206,7 +208,7 @@ def test_compare_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         image.make(Painter(wrong), ITEMS, folder, image.Settings(steps=4), progress=False)
     sheet = tmp_path / "sheet.png"
     options = ["--floor", str(folders[1]), "--sheet", str(sheet), "--json"]
-    assert image.main(["compare", *map(str, folders), *options]) == 0
+    assert main([*BENCH, "compare", *map(str, folders), *options]) == 0
     results = json.loads(capsys.readouterr().out)
     scores = results["fidelity"]
     assert scores["n"] == 3
@@ -217,10 +219,13 @@ def test_compare_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     with Image.open(sheet) as picture:
         assert np.asarray(picture).std() > 10
     (tmp_path / "empty").mkdir()
-    assert image.main(["compare", str(folders[0]), str(tmp_path / "empty")]) == 2
-    assert "no picture of the same name" in capsys.readouterr().err
+    assert main([*BENCH, "compare", str(folders[0]), str(tmp_path / "empty")]) == 1
+    said = f"fluxkiln: {folders[0]} and {tmp_path / 'empty'} have no picture of the same name\n"
+    assert capsys.readouterr().err == said
+    assert main([*BENCH, "compare", str(folders[0])]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
     Image.new("RGB", (16, 32)).save(tmp_path / "empty" / "single-0.JPEG")
-    assert image.main(["compare", str(folders[0]), str(tmp_path / "empty")]) == 2
+    assert main([*BENCH, "compare", str(folders[0]), str(tmp_path / "empty")]) == 1
     assert "single-0: the pictures have different sizes, 64 x 64 and 16 x 32" in capsys.readouterr().err
 
 
@@ -228,11 +233,11 @@ def test_fidelity_is_of_this_runs_pictures(
     painter: Painter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--suite", str(suite_file(tmp_path, ITEMS)), "--out", str(tmp_path / "run")]
-    assert image.main(command) == 0
-    assert image.main([*command, "--floor", str(tmp_path / "run")]) == 2
+    assert main([*BENCH, *command]) == 0
+    assert main([*BENCH, *command, "--floor", str(tmp_path / "run")]) == 1
     assert "give both" in capsys.readouterr().err
     one = [*command, "--category", "single", "--reference", str(tmp_path / "run"), "--floor", str(tmp_path / "run")]
-    assert image.main(one) == 0
+    assert main([*BENCH, *one]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["fidelity"]["n"] == results["noise_floor"]["n"] == 1
 
@@ -244,9 +249,8 @@ def test_kontextbench_folder(painter: Painter, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "metadata.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
     (item,) = suite.load(tmp_path)
     assert (item.id, item.prompt, item.category) == ("7", prompt, "Local Instruction")
-    assert (
-        image.main(["--suite", str(tmp_path), "--out", str(tmp_path / "run"), "--sheet", str(tmp_path / "s.png")]) == 0
-    )
+    sheet = str(tmp_path / "s.png")
+    assert main([*BENCH, "--suite", str(tmp_path), "--out", str(tmp_path / "run"), "--sheet", sheet]) == 0
     assert np.array_equal(painter.calls[0]["image"], draw(SCENE))
     assert (tmp_path / "run" / "images" / "7.png").is_file()
     assert json.loads((tmp_path / "run" / "results.json").read_text())["summary"] == {}
@@ -272,5 +276,5 @@ def test_broken_suites_are_refused(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_unknown_suite_names_the_known(capsys: pytest.CaptureFixture[str]) -> None:
-    assert image.main(["--suite", "nothing"]) == 2
+    assert main([*BENCH, "--suite", "nothing"]) == 1
     assert "expected one of shapes, shapes-negative, shapes-turns, a JSONL" in capsys.readouterr().err

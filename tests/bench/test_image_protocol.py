@@ -9,7 +9,9 @@ import pytest
 
 from fluxkiln.bench import image, suite
 from fluxkiln.bench.fidelity import read
+from fluxkiln.cli import main
 
+BENCH = ["bench", "image"]
 RUN = ["--steps", "2", "--limit", "1", "--device", "cpu"]
 FEW = [*RUN, "--category", "single", "move"]
 
@@ -18,7 +20,7 @@ FEW = [*RUN, "--category", "single", "move"]
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of eager in bf16."""
     out = tmp_path_factory.mktemp("runs") / "bf16"
-    assert image.main([*FEW, "--backend", "eager", "--gpu-hour-price", "3.6", "--out", str(out)]) == 0
+    assert main([*BENCH, *FEW, "--backend", "eager", "--gpu-hour-price", "3.6", "--out", str(out)]) == 0
     return out
 
 
@@ -51,10 +53,10 @@ def test_fidelity_comes_with_its_noise_floor_and_step_errors(
     reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     floor, out = tmp_path / "diffusers", tmp_path / "fp8"
-    assert image.main([*FEW, "--peer", "diffusers", "--out", str(floor)]) == 0
+    assert main([*BENCH, *FEW, "--peer", "diffusers", "--out", str(floor)]) == 0
     capsys.readouterr()
     options = ["--reference", str(reference), "--floor", str(floor), "--step-errors", "2", "--out", str(out)]
-    assert image.main([*FEW, "--precision", "fp8", "--backend", "eager", *options]) == 0
+    assert main([*BENCH, *FEW, "--precision", "fp8", "--backend", "eager", *options]) == 0
     found = results(out)
     assert found["fidelity"]["n"] == found["noise_floor"]["n"] == 2
     # The same noise, sizes and schedule: only roundings differ.
@@ -68,13 +70,13 @@ def test_fidelity_comes_with_its_noise_floor_and_step_errors(
 
 def test_a_peer_run_resumes(reference: Path, tmp_path: Path) -> None:
     for _ in range(2):
-        assert image.main([*RUN, "--category", "single", "--peer", "diffusers", "--out", str(tmp_path)]) == 0
+        assert main([*BENCH, *RUN, "--category", "single", "--peer", "diffusers", "--out", str(tmp_path)]) == 0
     assert len((tmp_path / "made.jsonl").read_text().splitlines()) == 1
 
 
 def test_other_sizes_and_turns(tmp_path: Path) -> None:
     options = ["--suite", "shapes-turns", "--category", "turn 1", "turn 2", "--size", "96x64", "--backend", "eager"]
-    assert image.main([*RUN, *options, "--out", str(tmp_path)]) == 0
+    assert main([*BENCH, *RUN, *options, "--out", str(tmp_path)]) == 0
     assert {read(path).shape for path in (tmp_path / "images").glob("*.png")} == {(64, 96, 3)}
     first, second = ((json.loads(line)) for line in (tmp_path / "made.jsonl").read_text().splitlines())
     assert first["record"]["request"]["pictures"] != second["record"]["request"]["pictures"]
@@ -83,7 +85,7 @@ def test_other_sizes_and_turns(tmp_path: Path) -> None:
 def test_ablation_is_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "ablation.json"
     options = [*RUN, "--category", "single", "--format", "nvfp4", "--device", "cpu", "--backend", "eager"]
-    assert image.main(["ablate", *options, "--out", str(out)]) == 0
+    assert main([*BENCH, "ablate", *options, "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == image.SHAPES_NOTE
     rows = json.loads(out.read_text())["rows"]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxkiln.bench import image, learned
+from fluxkiln.bench import learned
+from fluxkiln.cli import main
 
 RED, GREY = np.zeros((8, 12, 3), np.uint8), np.full((8, 12, 3), 51, np.uint8)
 RED[..., 0] = 255
@@ -38,7 +39,7 @@ def test_a_missing_package_is_named(
     for name in ("ImageReward.pt", "med_config.json"):
         (tmp_path / name).touch()
     options = [str(tmp_path) if option == "." else option for option in options]
-    assert image.main(["--limit", "1", *options]) == 2
+    assert main(["bench", "image", "--limit", "1", *options]) == 1
     assert f"needs the package {package}, which cannot be imported" in capsys.readouterr().err
 
 

@@ -150,8 +150,8 @@ def test_arguments_become_a_configuration() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--size", "big"], "WIDTHxHEIGHT in pixels"),
-        (["--size", "8x1024"], "each at least 16"),
+        (["--size", "big"], "--size: must be WIDTHxHEIGHT in pixels, each at least 16, such as 1024x768, got 'big'"),
+        (["--reference", "8x1024"], "got '8x1024'"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--text", "-1"], "--text must be at least 0, got -1"),
         (["--rounds", "0"], "--rounds must be at least 1"),
@@ -161,7 +161,7 @@ def test_arguments_become_a_configuration() -> None:
     ],
 )
 def test_bad_arguments_are_one_sentence(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    assert main(["bench", "step", *arguments]) == 1
+    assert main(["bench", "step", *arguments]) == (2 if arguments[0] in ("--size", "--reference") else 1)
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1

@@ -19,7 +19,7 @@ import torch
 
 from fluxkiln import engine, sampling, verify_engines
 from fluxkiln.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
-from fluxkiln.cli import main
+from fluxkiln.cli import main, pixels
 from fluxkiln.config import FluxConfig
 from fluxkiln.engines.flavour import flavour, log
 from fluxkiln.engines.session import Session, SessionError, load
@@ -243,7 +243,6 @@ def test_positions_are_those_of_one_image() -> None:
 )
 def test_sizes_outside_name_the_command_that_builds_a_fitting_one(image: int, text: int, size: str | None) -> None:
     from fluxkiln.export.build import Profile
-    from fluxkiln.export.cmd_build import _size
 
     profile = Profile.of((2048, 2048), references=2)
     manifest = _manifest(profile)
@@ -254,7 +253,7 @@ def test_sizes_outside_name_the_command_that_builds_a_fitting_one(image: int, te
     assert reason is not None
     assert f"--precision fp8 --arch sm_89 --weights refit --max-size {size} --references 0`" in reason
     assert "--model 'my model'" in reason
-    assert refuse_tokens(_manifest(Profile.of(_size(size), references=0)), image, text) is None
+    assert refuse_tokens(_manifest(Profile.of(pixels(size), references=0)), image, text) is None
 
 
 def test_text_outside_says_so() -> None:
