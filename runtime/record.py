@@ -175,7 +175,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds, wall clock, with the device's queue drained at each boundary."""
+    """Seconds: between events in the queue of a GPU, by the wall clock elsewhere."""
 
     load: float = 0.0
     text: float = 0.0
@@ -224,6 +224,11 @@ class Record:
     variant: str = ""
     why: str = ""
     measured: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        from fluxkiln.report import to_text
+
+        return to_text(self)
 
     @property
     def coverage(self) -> dict[str, float]:

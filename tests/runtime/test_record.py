@@ -216,5 +216,11 @@ def test_versions_are_those_installed() -> None:
     assert {"fluxkiln", "python", "numpy", "pillow", "transformers", "cpu"} <= found.keys()
 
 
+def test_printed_it_is_a_page() -> None:
+    page = str(make()).splitlines()
+    assert page[0] == "mode         edit"
+    assert len(page) < 30
+
+
 def test_every_promise_is_explained() -> None:
     assert make().determinism in DETERMINISM
