@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def _list(store: Store, verify: bool, as_json: bool) -> None:
             }
             for s, refusal in rows
         ]
-        json.dump(listing, sys.stdout, indent=1)
+        print(json.dumps(listing, indent=1))
         return
     if not rows:
         print(f"no engines in {store.root}: `fluxkiln build --model MODEL --precision fp8 --arch sm_89` makes one")

@@ -40,7 +40,7 @@ class StoreError(ValueError):
 
 def default_root() -> Path:
     """Where engines are kept unless told otherwise: beside the other caches of the user."""
-    return Path("~/.cache/fluxkiln/engines").expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fluxkiln" / "engines"
 
 
 def refit_name(parameter: str) -> str:
@@ -184,10 +184,7 @@ class Store:
         Raises:
             OSError: the disk is full, or the folder cannot be written: the store is as it was.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        scratch = self.root / f".{subject.key}.{uuid.uuid4().hex[:8]}"
-        scratch.mkdir()
-        try:
+        with scratch_for(self.root / subject.key) as scratch:
             digest = hashlib.sha256()
             with open(scratch / PLAN, "wb") as file:
                 for start in range(0, len(plan), _CHUNK):
@@ -199,11 +196,6 @@ class Store:
             manifest = Manifest(subject, nbytes=len(plan), sha256=digest.hexdigest(), built=time.time(), **facts)
             (scratch / MANIFEST).write_text(manifest.to_json())
             return self._publish(scratch, subject.key)
-        except BaseException as error:
-            shutil.rmtree(scratch, ignore_errors=True)
-            if isinstance(error, OSError) and error.filename is None:  # a full disk does not say which
-                error.filename = str(self.root)
-            raise
 
     def find(self, subject: Subject) -> Stored | None:
         """The engine of that subject, or None; `refusal` says what is wrong with it, if anything."""
@@ -261,9 +253,7 @@ class Store:
         target = Path(folder).expanduser() / stored.key
         if target.exists():
             raise StoreError(f"{target} exists already")
-        _copy(
-            stored, target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}"), lambda scratch: scratch.rename(target)
-        )
+        _copy(stored, target, lambda scratch: scratch.rename(target))
         return target
 
     def take(self, folder: str | Path) -> Stored:
@@ -274,8 +264,7 @@ class Store:
         """
         stored = open_engine(Path(folder).expanduser())
         key = stored.subject.key
-        self.root.mkdir(parents=True, exist_ok=True)
-        _copy(stored, self.root / f".{key}.{uuid.uuid4().hex[:8]}", lambda scratch: self._publish(scratch, key))
+        _copy(stored, self.root / key, lambda scratch: self._publish(scratch, key))
         return open_engine(self.root / key)
 
     def _publish(self, scratch: Path, key: str) -> Path:
@@ -372,7 +361,28 @@ def refuse_tokens(manifest: Manifest, image: int, text: int) -> str | None:
     )
 
 
-def _copy(stored: Stored, scratch: Path, publish: Callable[[Path], object]) -> None:
+@contextlib.contextmanager
+def scratch_for(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, to be given its name when it is whole; deleted if anything fails before.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written: it names the folder of `target`.
+    """
+    scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+    except BaseException as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        # A full disk does not say which, a copy to it names what it read, and the temporary name tells nobody anything.
+        if isinstance(error, OSError) and (
+            error.errno == errno.ENOSPC or str(error.filename or scratch).startswith(str(scratch))
+        ):
+            error.filename = str(target.parent)
+        raise
+
+
+def _copy(stored: Stored, target: Path, publish: Callable[[Path], object]) -> None:
     """Copy an engine's two files under a temporary name, compare every byte, then publish the folder.
 
     Raises:
@@ -380,12 +390,8 @@ def _copy(stored: Stored, scratch: Path, publish: Callable[[Path], object]) -> N
     """
     if stored.refusal:
         raise StoreError(stored.refusal)
-    scratch.mkdir(parents=True)
-    try:
+    with scratch_for(target) as scratch:
         for name in (PLAN, MANIFEST):
             shutil.copyfile(stored.folder / name, scratch / name)
         replace(stored, folder=scratch).read().close()
         publish(scratch)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise

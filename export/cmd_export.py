@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fluxkiln.engines.store import scratch_for
 from fluxkiln.export.arguments import add_graph_arguments
 
 if TYPE_CHECKING:
@@ -47,9 +46,7 @@ def write(folder: Path, traced: Traced, values: Iterable[tuple[str, Tensor]]) ->
     The weights lie in one file beside the graph: other places (`..`, absolute paths, links) are refused by one ONNX
     tool or another.
     """
-    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    scratch.mkdir(parents=True)
-    try:
+    with scratch_for(folder) as scratch:
         initializers = {tensor.name: tensor for tensor in traced.proto.graph.initializer}
         with open(scratch / DATA, "wb") as file:
             for name, value in tqdm(values, total=len(traced.parameters), disable=None):
@@ -61,6 +58,3 @@ def write(folder: Path, traced: Traced, values: Iterable[tuple[str, Tensor]]) ->
                     initializers[name].external_data.add(key=key, value=text)
         (scratch / MODEL).write_bytes(traced.proto.SerializeToString())
         scratch.rename(folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise

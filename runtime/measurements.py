@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxkiln.config import FluxConfig
+from fluxkiln.engines.store import default_root
 
 MARGIN = 0.05  # of the slower one's time: closer calls fall to the fixed order
 TIMED = "fluxkiln step"  # the contestant of `bench step` that counts: what a pipeline repeats
@@ -41,7 +42,7 @@ class Measurement:
 
 def local_folder() -> Path:
     """Where this user's measurements are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fluxkiln" / "steps"
+    return default_root().parent / "steps"
 
 
 def read(folders: Iterable[Path] | None = None) -> Iterator[Measurement]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import struct
 import threading
 from dataclasses import replace
@@ -120,6 +121,16 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path: Path, monkeypatch: pyt
     assert found is not None
     assert found.plan.read_bytes() == first
     assert store.leftovers() == []
+
+    def full_copy(source: Path, target: Path) -> None:  # as shutil's own: it names what it reads first
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", full_copy)
+    stick = tmp_path / "stick"
+    with pytest.raises(OSError, match="No space left") as refusal:
+        store.export(found, stick)
+    assert sentence(refusal.value) == f"{stick}: No space left on device"
+    assert list(stick.iterdir()) == []
 
 
 def test_a_killed_build_is_no_engine_and_is_pruned(tmp_path: Path) -> None:

@@ -254,6 +254,17 @@ def test_the_command_says_what_memory_it_needs(
     assert any("it was to need" in note for note in stored.manifest.notes)
     assert main([*command, "--fallback"]) == 0
     assert "in the store already" in capsys.readouterr().out
+
+    def begun(*args: Any, **options: Any) -> None:
+        raise BuildError("it was begun")
+
+    whole = stored.plan.read_bytes()
+    stored.plan.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # its length and header tell nothing
+    with monkeypatch.context() as patch:
+        patch.setattr("fluxkiln.export.build.build", begun)
+        assert main([*command, "--fallback"]) == 1
+    assert "was changed after it was built: it is built again" in capsys.readouterr().out
+    stored.plan.write_bytes(whole)
     assert main(command) == 0  # an engine that was allowed to fall back is not one that was not
     assert "in the store already" not in capsys.readouterr().out
     assert len(list(Store(tmp_path / "store"))) == 2
