@@ -48,7 +48,6 @@ class Session:
             copy that the engine makes. All are held until the engine has them.
         scratch: shared with other engines; None makes its own.
         cache: folder for kernels that were compiled for this GPU; None keeps none.
-        capture: replay each shape's kernels as one CUDA graph, by the runtime's own strategy.
         device: the GPU.
 
     Raises:
@@ -63,7 +62,6 @@ class Session:
         weights: Iterable[tuple[str, Tensor]] | None = None,
         scratch: Scratch | None = None,
         cache: Path | None = None,
-        capture: bool = True,
         device: torch.device | str = "cuda",
     ) -> None:
         if not torch.cuda.is_available():
@@ -78,9 +76,7 @@ class Session:
             with saying(self._log, f"{name} makes no execution context"):
                 config = _some(self._engine.create_runtime_config())
                 config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-                self._compiled = (
-                    self._specialise(config, stored, cache, capture) if self._flavour.ahead_of_time else None
-                )
+                self._compiled = self._specialise(config, stored, cache) if self._flavour.ahead_of_time else None
                 self._context = _some(self._engine.create_execution_context(config))
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         read = {tensor: self._engine.get_tensor_mode(tensor) == trt.TensorIOMode.INPUT for tensor in names}
@@ -132,13 +128,12 @@ class Session:
         self._memory = self._scratch.get(self._context.update_device_memory_size_for_shapes())
         self._context.set_device_memory(self._memory.data_ptr(), self._memory.nbytes)
 
-    def _specialise(self, config: Any, stored: Stored, cache: Path | None, capture: bool) -> _RuntimeCache | None:
+    def _specialise(self, config: Any, stored: Stored, cache: Path | None) -> _RuntimeCache | None:
         """What only TensorRT-RTX has: kernels compiled for each shape before its first run, so that the second run
-        equals the first; their cache; and CUDA graphs."""
+        equals the first; their cache; and each shape's kernels as one CUDA graph, by the runtime's own strategy."""
         trt = self._flavour.api
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        if capture:
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if cache is None:
             return None
         return _RuntimeCache(config, cache / f"{_cache_key(self._flavour, stored, self._device)}.cache")
@@ -228,9 +223,7 @@ class _RuntimeCache:
     def __init__(self, config: Any, path: Path) -> None:
         self._path, self._cache = path, config.create_runtime_cache()
         if path.is_file():
-            self._cache.deserialize(
-                path.read_bytes()
-            )  # it checks and refuses by itself what does not fit or is damaged
+            self._cache.deserialize(path.read_bytes())  # refuses by itself what does not fit or is damaged
         config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
