@@ -528,8 +528,8 @@ class OnnxOps:
         scale = self.named(linear, "block_scale", TensorProto.FLOAT8E4M3FN, (outputs, width // BLOCK), inputs)
         return self.dequantise_blocks(data, scale)
 
-    def parameter(self, linear: Linear, role: str, like: Tensor, inputs: tuple[int, int] | None = None) -> Value:
-        return self.named(linear, role, ELEMENT[like.dtype], tuple(like.shape), inputs)
+    def parameter(self, linear: Linear, role: str, like: Tensor) -> Value:
+        return self.named(linear, role, ELEMENT[like.dtype], tuple(like.shape))
 
     def named(
         self, linear: Linear, role: str, element: int, shape: tuple[int, ...], inputs: tuple[int, int] | None = None

@@ -20,20 +20,19 @@ from fluxkiln.export.build import Profile
 from fluxkiln.export.graph import FP8_ATTENTION, Form, Traced, trace
 from fluxkiln.export.text import trace_clip, trace_t5
 from fluxkiln.export.weights import shadow, tensors_of, values
-from fluxkiln.foreign import Part
+from fluxkiln.foreign import FOLDERS, Part
 from fluxkiln.hub import resolve
 from fluxkiln.kernels.recipe import RECIPES, Recipe
 from fluxkiln.locate import locate
 from fluxkiln.quantize import Layers, choose_recipe
 from fluxkiln.text import clip_sizes, t5_sizes
 
-# Part -> its kind, and its folder in a pipeline of diffusers.
-_KINDS: dict[str, tuple[Part, str]] = {
-    "transformer": ("transformer", "transformer"),
-    "vae_decoder": ("vae", "vae"),
-    "vae_encoder": ("vae", "vae"),
-    "clip": ("clip", "text_encoder"),
-    "t5": ("t5", "text_encoder_2"),
+_KINDS: dict[str, Part] = {
+    "transformer": "transformer",
+    "vae_decoder": "vae",
+    "vae_encoder": "vae",
+    "clip": "clip",
+    "t5": "t5",
 }
 
 
@@ -91,8 +90,8 @@ def export(model: str | Path, part: str, precision: str, form: Form = "step", re
         ValueError: a combination that does not exist; the message says why.
     """
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    kind, folder = _KINDS[part]
-    path = resolve(model, (folder,))
+    kind = _KINDS[part]
+    path = resolve(model, (FOLDERS[kind],))
     if part == "transformer":
         return _transformer(path, precision, form, recipe, dtype)
     if precision not in ("fp32", "bf16") or form != "step" or recipe is not None:
