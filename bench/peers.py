@@ -14,25 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from fluxkiln import images
+from fluxkiln.checkpoint import diffusers_tensors
 from fluxkiln.config import FluxConfig
 from fluxkiln.hub import resolve
 from fluxkiln.load import default_device
-from fluxkiln.names import SWAPPED, to_diffusers
 from fluxkiln.record import pixel_digest, versions
 
 
-def diffusers_state(config: FluxConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def diffusers_state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Native tensors under diffusers' names: views, but for the final modulation, whose halves change places."""
-    state: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name in SWAPPED:
-            tensor = torch.cat(tuple(reversed(tensor.chunk(2))))
-        parts = to_diffusers(name)
-        # q, k and v are equal; the fourth part, a single block's MLP, has the rows that are left.
-        width = tensor.shape[0] // len(parts) if len(parts) < 4 else config.hidden_size
-        sizes = [width] * (len(parts) - 1)
-        state.update(zip(parts, tensor.split([*sizes, tensor.shape[0] - sum(sizes)]), strict=True))
-    return state
+    return dict(part for name, tensor in tensors.items() for part in diffusers_tensors(name, tensor))
 
 
 def diffusers_transformer(config: FluxConfig, tensors: Mapping[str, Tensor]) -> torch.nn.Module:
@@ -41,7 +32,7 @@ def diffusers_transformer(config: FluxConfig, tensors: Mapping[str, Tensor]) -> 
 
     with torch.device("meta"):
         model = FluxTransformer2DModel.from_config(config.to_diffusers())
-    model.load_state_dict(diffusers_state(config, tensors), assign=True)
+    model.load_state_dict(diffusers_state(tensors), assign=True)
     return model.eval()
 
 

@@ -216,7 +216,7 @@ def save_checkpoint(
         ValueError: two tensors have one name, or a low-rank branch is to be named as in diffusers, which has none.
         KeyError: a name that diffusers' naming does not know.
     """
-    rename = _diffusers_tensors if naming == "diffusers" else lambda name, weight: [(name, weight)]
+    rename = diffusers_tensors if naming == "diffusers" else lambda name, weight: [(name, weight)]
     stored = (
         entry for name, weight in tensors for part, rows in rename(name, weight) for entry in _entries(part, rows)
     )
@@ -237,7 +237,8 @@ def _entries(name: str, weight: Weight) -> Iterator[tuple[str, Tensor]]:
         yield f"{module}.weight_scale_2", weight.global_scale
 
 
-def _diffusers_tensors(name: str, weight: Weight) -> Iterator[tuple[str, Weight]]:
+def diffusers_tensors(name: str, weight: Weight) -> Iterator[tuple[str, Weight]]:
+    """What diffusers has in place of a native tensor: (name, views of its rows)."""
     module, _, leaf = name.rpartition(".")
     if leaf in ("input_scale", "pre_quant_scale"):
         for part in to_diffusers(f"{module}.weight"):

@@ -48,7 +48,7 @@ def layers_of(config: FluxConfig, recipe: Recipe, dtype: torch.dtype) -> dict[st
 
 def diffusers_model(config: FluxConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> FluxTransformer2DModel:
     model = FluxTransformer2DModel.from_config(config.to_diffusers())
-    model.load_state_dict(diffusers_state(config, tensors))
+    model.load_state_dict(diffusers_state(tensors))
     return model.to(dtype).eval()
 
 
