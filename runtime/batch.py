@@ -145,6 +145,7 @@ class Results:
             result |= {"seed": seed, "path": _relative(path, self.path.parent)}
         if error is not None:
             result["error"] = error
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write("\n" * self._unfinished_line + json.dumps(result, ensure_ascii=False) + "\n")
         self._unfinished_line = False

@@ -203,7 +203,14 @@ def output_template(args: argparse.Namespace) -> str:
 
 
 def jobs_of(args: argparse.Namespace) -> Iterator[Job]:
-    """One job for each image, in order."""
+    """One job for each image, in order.
+
+    Raises:
+        ValueError, OSError: there is none, or a picture for all of them is not there: said before a model is opened.
+    """
+    for path in filter(None, (*(args.image or ()), args.mask, args.control_image)):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} is not a file: expected a picture")
     shared = {name: getattr(args, name) for name, _, _ in REQUEST.values() if getattr(args, name) is not None}
     pictures = {
         "image": args.image[0] if args.image and len(args.image) == 1 else args.image,
@@ -414,13 +421,15 @@ def _bytes(text: str) -> int:
 
 
 def _writable_folder(template: str) -> Path:
-    """The folder that a template names before its first field, made now rather than after the work.
+    """The folder that a template names before its first field: it is there, or can be made with the first image.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: neither.
     """
     folder = Path(template.split("{")[0] + "x").parent
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written")
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{there} cannot be written")
     return folder

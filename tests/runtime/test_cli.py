@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = FluxConfig(16, 16, 128, 2, 1, 1, 4.0, 32, 24, True, scaled_axes(64))
     sizes = AutoencoderConfig((8, 8, 8, 8), 1, latent_channels=4, norm_num_groups=2)
     weights = {
-        "transformer": (config.to_diffusers(), diffusers_state(config, random_tensors(config))),
+        "transformer": (config.to_diffusers(), diffusers_state(random_tensors(config))),
         "vae": (sizes.to_diffusers() | {"sample_size": 64}, diffusers_tensors(Autoencoder(sizes).state_dict())),
     }
     for name, (described, tensors) in weights.items():
@@ -170,14 +170,17 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
         (["generate", "--prompts", "absent.txt"], 1, "absent.txt: No such file or directory"),
         (["generate", "a", "--model", "x", "--transformer", "y"], 1, "give either --model or single files"),
         (["generate", "a", "--vae", "y"], 1, "single files need --transformer FILE"),
-        (["generate", "a", "--width", "8"], 1, "8"),
+        (["generate", "a", "blue", "fox"], 2, "arguments: blue fox: put a prompt of several words in quotes"),
+        (["generate", "a", "-o", f"{__file__}/a.png"], 1, "test_cli.py is a file, not a folder"),
+        (["generate", "a", "--width", "8", "-o", "out/a.png"], 1, "8"),
         (["generate", "a", "--seed", "-1"], 1, "-1"),
         (["generate", "a", "--true-cfg-scale", "nan", "--negative-prompt", "b"], 1, "true_cfg_scale must be finite"),
         (["generate", "a", "--cache-size", "inf"], 2, "a size is like 500MB or 2GB, got 'inf'"),
         (["generate", "a", "--cache-size=-1GB"], 2, "a size is like 500MB or 2GB, got '-1GB'"),
         (["generate", "a", "--cache", __file__], 1, "test_cli.py is no folder"),
         (["generate", "--from", "absent.png"], 1, "absent.png: No such file or directory"),
-        (["edit", "absent.png", "a"], 1, "absent.png"),
+        (["edit", "absent.png", "a"], 1, "absent.png is not a file"),
+        (["generate", "a", "--image", __file__, "--mask", "/"], 1, "/ is not a file"),
         (["info", "absent.png"], 1, "absent.png: No such file or directory"),
         (["info", "absent.safetensors"], 1, "absent.safetensors"),
     ],
@@ -196,6 +199,7 @@ def test_errors_are_one_sentence(
     assert sentence.startswith("fluxkiln")
     assert said.out == ""
     assert list(Path().iterdir()) == []
+    assert not ("is not a file" in sentence and opened)
 
 
 def test_debug_shows_where(opened: Any) -> None:
