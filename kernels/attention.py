@@ -210,6 +210,9 @@ def check(q: Tensor | Fp8 | Query, k: Tensor | Fp8, v: Tensor | Values, out: Qua
         want = (B, H, d, blocks(v.split, L) * V_BLOCK)
     else:
         want = (B, L, H, d)
+        for name, x in (("q", q), ("v", v)):
+            if _data(x).dtype != k.dtype:
+                raise ValueError(f"attention: {name} must be {k.dtype} as k is, got {_data(x).dtype}")
     if tuple(_data(v).shape) != want:
         raise ValueError(f"attention: v must be {list(want)}, got {list(_data(v).shape)}")
     if out is not None and out.rule == "row":

@@ -160,6 +160,9 @@ def check(op: str, xs: Sequence[Activation], layer: Streams | Packed, split: int
         raise ValueError(f"{op}: the layer takes K = {k}, got {' + '.join(str(x.shape[-1]) for x in xs)}")
     if not 0 <= split <= (shape[1] if streams == 2 else 0):
         raise ValueError(f"{op}: a layer of {streams} streams and {shape[1]} rows cannot split them at {split}")
+    dtype = layer.dtype if isinstance(layer, Packed) else layer[0].dtype
+    if strange := {x.dtype for x in xs if isinstance(x, Tensor)} - {dtype}:
+        raise ValueError(f"{op}: the layer's dtype is {dtype}, got an input in {strange.pop()}")
 
 
 def extent(layer: Streams | Packed) -> tuple[int, int, int]:

@@ -106,7 +106,7 @@ def nvfp4_blocks(y, global_scale, M: tl.constexpr, N: tl.constexpr, PTX: tl.cons
     """Codes `[M, N / 2]` uint8 and block scales `[M, N / 16]` e4m3 of `y [M, N]` fp32, given `global_scale [M]`."""
     blocks = tl.reshape(y, (M, N // 16, 16))
     inverse = 1.0 / global_scale
-    # As integers, magnitudes have the order of the numbers, and a NaN is the largest: e2m1 has none, its block's scale has.
+    # As integers, magnitudes keep their order, and a NaN is the largest: e2m1 has none, the scale of its block has.
     bits = tl.max(blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2)  # [M, N / 16]
     amax = bits.to(tl.float32, bitcast=True)
     block_scale = (amax * (inverse * (1.0 / 6.0))[:, None]).to(tl.float8e4nv)
@@ -213,7 +213,7 @@ def has_e2m1(device: torch.device, arch: int) -> bool:
 
 def launch(x: Tensor, quant: Quant, *, arch: int, empty: Empty | None = None) -> tuple[Activation, list[Launch]]:
     """The output and the launches that fill it; `empty` gives the output's buffers."""
-    B, L, K = math.prod(x.shape[:-2]), x.shape[-2], x.shape[-1]
+    B, L, K = math.prod(x.shape[:-2]), math.prod(x.shape[-2:-1]), x.shape[-1]
     rows = x.reshape(B, L, K)
     y = outputs(quant, tuple(x.shape), x.dtype, empty or fresh(x.device))
     block_k = max(BLOCK, 1 << (K - 1).bit_length())

@@ -253,6 +253,8 @@ def test_bad_calls_say_what_was_expected():
         op.check(q[:, :3], k, v, None)
     with pytest.raises(ValueError, match=r"v must be \[1, 4, 2, 64\], got \[1, 4, 1, 64\]"):
         op.check(q, k, v[:, :, :1], None)
+    with pytest.raises(ValueError, match=r"v must be torch.bfloat16 as k is, got torch.float16"):
+        op.check(q, k, v.half(), None)
     with pytest.raises(ValueError, match="by the rule 'bound' or 'static'"):
         op.check(q, k, v, Quant("fp8", "row"))
     q8, k8, v8 = in_format("fp8", *heads(1, 4, 2, 64))

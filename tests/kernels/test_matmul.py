@@ -184,6 +184,7 @@ def test_bad_calls_say_what_was_expected():
         ((noise(1, 8, 48),), 0, "takes K = 64, got 48"),
         ((noise(1, 8, 32), noise(1, 9, 32)), 0, "the same B and L"),
         ((noise(1, 8, 64),), 9, "cannot split them at 9"),
+        ((noise(1, 8, 64),), 3, r"the layer's dtype is torch.bfloat16, got an input in torch.float32"),
     ):
         with pytest.raises(ValueError, match=message):
             check_call("linear_gelu", xs, streams, split)

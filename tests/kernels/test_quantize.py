@@ -57,10 +57,11 @@ def test_parity(quant: Quant, B: int, L: int, K: int):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_other_dtypes_and_strides(dtype: torch.dtype):
-    x = awkward(3, 12, 64, dtype)[1:, ::2]
-    got = run(op.launch(x, Quant("fp8", "row"), arch=90))
-    assert_as_good_as_eager(got, op.reference(x, Quant("fp8", "row")), x.double())
+def test_other_dtypes_strides_and_axes(dtype: torch.dtype):
+    every = awkward(3, 12, 64, dtype)
+    for x in (every[1:, ::2], every[0, 0], every[0], every.unflatten(1, (4, 3)).transpose(0, 1)):
+        got = run(op.launch(x, Quant("fp8", "row"), arch=90))
+        assert_as_good_as_eager(got, op.reference(x, Quant("fp8", "row")), x.double())
 
 
 @pytest.mark.parametrize("quant", RULES.values(), ids=RULES.keys())
