@@ -163,12 +163,11 @@ class _Step:
     @property
     def model(self) -> Transformer:
         if self._model is None:
-            from fluxkiln.kernels.backend import compile_step, triton_ops
+            from fluxkiln.kernels.backend import triton_ops
 
             layers = weights(self.config, self.recipe, self.device)
             self._model = Transformer(self.config, layers, triton_ops(self.device, self.recipe.attention))
-            if self.device.type == "cuda":
-                compile_step(self._model, self.tokens.batch, self.tokens.text, self.tokens.image)
+            self._model.prepare(self.tokens.batch, self.tokens.text, self.tokens.image)
         return self._model
 
     def inputs(self) -> dict[str, Tensor]:
@@ -368,11 +367,10 @@ def _runner(
     if contestant.who.startswith("library"):
         layers = LibraryLayers(RandomWeights(config, torch.bfloat16, str(device)), chosen)
     if contestant.who == "triton":
-        from fluxkiln.kernels.backend import compile_step, triton_ops
+        from fluxkiln.kernels.backend import triton_ops
 
         model = Transformer(config, layers, triton_ops(device, contestant.attention))
-        if device.type == "cuda":
-            compile_step(model, tokens.batch, tokens.text, tokens.image + tokens.reference)
+        model.prepare(tokens.batch, tokens.text, tokens.image + tokens.reference)
     else:
         model = Transformer(config, layers, _compiled(device) if contestant.who.endswith("compiled") else EAGER)
     x = inputs(config, tokens, model)

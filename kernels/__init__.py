@@ -56,7 +56,7 @@ class Ops:
     """One implementation of each operation, as the graph calls them.
 
     `pack` and `pack_qkv` turn a layer's native weights, once at load, into what the other operations take; `describe`
-    tells what that is.
+    tells what that is. `prepare` compiles what a transformer's steps of a size will need, where something has to be.
     """
 
     pack: Callable[..., Streams]
@@ -68,6 +68,7 @@ class Ops:
     linear_gate_residual: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     describe: Callable[..., Binding] = describe
+    prepare: Callable[..., object] = lambda transformer, batch, text, image: None
 
 
 EAGER = Ops(

@@ -96,6 +96,7 @@ class Triton:
         self._head_dim: int | None = None
         self._launchers: dict[tuple[Any, ...], Callable[..., Any]] = {}  # of calls that were checked
         self._collected: list[Callable[[], Any]] | None = None
+        self._prepared: set[tuple[int, int]] = set()  # numbers of text and image tokens
 
     def ops(self) -> Ops:
         return Ops(
@@ -108,6 +109,7 @@ class Triton:
             linear_gate_residual=self.linear_gate_residual,
             linear=self.linear,
             describe=self.describe,
+            prepare=self.prepare,
         )
 
     # --- layers
@@ -183,6 +185,12 @@ class Triton:
             for launch in launches:
                 launch()
         return output
+
+    def prepare(self, transformer: Any, batch: int, text: int, image: int) -> None:
+        """`compile_step`, on a GPU, once for each size."""
+        if self.device.type == "cuda" and (text, image) not in self._prepared:
+            compile_step(transformer, batch, text, image)
+            self._prepared.add((text, image))
 
     @contextlib.contextmanager
     def collected(self) -> Iterator[list[Callable[[], Any]]]:

@@ -470,7 +470,9 @@ class Pipeline:
         if scene.references:
             grids = [_grid(*picture.size) for picture in scene.references]
             ids = torch.cat((ids, sampling.reference_positions(grids)))
-        rope = model.rope(torch.zeros(words.sequence.shape[1], 3), ids)
+        batch, text, _ = words.sequence.shape
+        model.prepare(batch, text, len(ids))
+        rope = model.rope(torch.zeros(text, 3), ids)
         timestep = sampling.timesteps(course.schedule, self.dtype).to(self.device)
         guidance = (
             None if course.guidance is None else torch.tensor(course.guidance, dtype=torch.float32).to(self.device)

@@ -143,6 +143,9 @@ class Network:
         `rope` made."""
         raise NotImplementedError
 
+    def prepare(self, batch: int, text: int, image: int) -> None:
+        """Compile what `step` will need for so many images and tokens, where something has to be."""
+
     def describe(self, name: str, op: str) -> Binding:
         """What runs a call of `step`, by its name and operation in `fluxkiln.workload`."""
         raise NotImplementedError
@@ -245,6 +248,9 @@ class Transformer(Network):
 
         shift, scale = mods[:, at:, None].unbind(1)
         return ops.linear((ops.norm_modulate(x[:, split:], shift, scale, 0),), self.final)
+
+    def prepare(self, batch: int, text: int, image: int) -> None:
+        self.ops.prepare(self, batch, text, image)
 
     def describe(self, name: str, op: str) -> Binding:
         """What the operations bind a call to."""

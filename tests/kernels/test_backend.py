@@ -222,6 +222,16 @@ def test_all_that_a_step_will_launch_is_compiled_before():
         assert compile_step(model, 2, TEXT, 12) == 0  # the number of images is no reason to compile again
 
 
+def test_each_size_is_compiled_once_and_only_for_a_gpu(monkeypatch):
+    told = []
+    monkeypatch.setattr("fluxkiln.kernels.backend.compile_step", lambda *size: told.append(size))
+    for device in ("cpu", "cuda"):
+        prepare = triton_ops(device, arch=90).prepare
+        for image in (12, 20, 12):
+            prepare("model", 1, TEXT, image)
+    assert told == [("model", 1, TEXT, 12), ("model", 1, TEXT, 20)]
+
+
 @jit
 def _not_a_kernel(x_ptr, WHICH: tl.constexpr):
     tl.static_assert(False, "nothing compiles this")

@@ -405,12 +405,16 @@ def test_true_cfg_and_a_negative_prompt_act_only_together() -> None:
 
 
 class OneBuffer(Transformer):
-    """A backend that writes every velocity where the last one was."""
+    """A backend that has to know a size before it comes, and writes every velocity where the last one was."""
 
     buffer: Tensor | None = None
 
-    def step(self, *arguments: Any) -> Tensor:
-        velocity = super().step(*arguments)
+    def prepare(self, *size: int) -> None:
+        self.size = size
+
+    def step(self, img: Tensor, txt: Tensor, *rest: Tensor) -> Tensor:
+        assert self.size == (len(img), txt.shape[1], img.shape[1])
+        velocity = super().step(img, txt, *rest)
         self.buffer = torch.empty_like(velocity) if self.buffer is None else self.buffer
         return self.buffer.copy_(velocity)
 
