@@ -91,13 +91,21 @@ def cases(config: FluxConfig, tokens: Tokens, size: str, precision: str, attenti
 
 
 def everything(config: FluxConfig, sizes: Mapping[str, Tokens], precisions: Sequence[str]) -> list[Case]:
-    """Every kind of call of every size and precision, once; in FP8 with FP8 attention too."""
+    """Every kind of call of every size and precision, once; in FP8 with FP8 attention too; and quantisation alone,
+    which a step does inside other operations."""
     found: dict[str, Case] = {}
     for size, tokens in sizes.items():
         for precision in precisions:
             for attention in ("bf16", "fp8") if precision == "fp8" else ("bf16",):
                 for case in cases(config, tokens, size, precision, attention):
                     found.setdefault(case.key, case)
+            if precision != "bf16":
+                rows, width = tokens.total, config.hidden_size
+                call = Call(
+                    "quantize", "quantize", "bf16", (rows, width), precision, reads=rows * width, batch=tokens.batch
+                )
+                alone = Case("quantize", call, 0, config, tokens, size, "bf16")
+                found[alone.key] = alone
     return list(found.values())
 
 
@@ -199,6 +207,10 @@ def _linear_gate_residual(draw: _Draw) -> tuple[Any, ...]:
     return xs, draw.layer(), draw.modulation(1)[0], draw.normal(draw.batch, draw.rows, draw.width), draw.split
 
 
+def _quantize(draw: _Draw) -> tuple[Any, ...]:
+    return draw.normal(draw.batch, draw.rows, draw.width), draw.out("row")
+
+
 def _linear(draw: _Draw) -> tuple[Any, ...]:
     return tuple(draw.activation(gemm.k, gemm.m) for gemm in draw.call.gemms), draw.layer()
 
@@ -210,4 +222,5 @@ _BUILDERS: dict[str, Callable[[_Draw], tuple[Any, ...]]] = {
     "linear_gelu": _linear_gelu,
     "linear_gate_residual": _linear_gate_residual,
     "linear": _linear,
+    "quantize": _quantize,
 }

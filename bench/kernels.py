@@ -85,7 +85,7 @@ def contestants(case: Case, args: tuple[Any, ...], device: torch.device) -> Iter
     elif case.call.gemms:
         yield from _library_products(case, args, device)
     elif case.call.result_format == "fp8":
-        yield "unfused", lambda: _quantise_by_row(reference(*args[:-1]))
+        yield "unfused", lambda: _quantise_by_row(reference(*args[:-1], None))
 
 
 def _launched(op: str, args: Sequence[Any], device: torch.device) -> Run:

@@ -150,9 +150,11 @@ class Recipe:
         """
         try:
             data = json.loads(text)
+            if not isinstance(data, dict) or not isinstance(data.get("rules", {}), dict):
+                raise TypeError("expected an object with a name and rules, an object of pattern to rule")
             rules = tuple((pattern, Rule(**rule)) for pattern, rule in data.pop("rules", {}).items())
             return cls(rules=rules, **data)
-        except (TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a recipe: {error}") from None
 
     def __str__(self) -> str:

@@ -70,6 +70,7 @@ def test_every_case_has_a_name_of_its_own():
     found = everything(DEV, SIZES, ("bf16", "fp8", "nvfp4"))
     assert len({case.key for case in found}) == len(found)
     assert {case.format for case in found if case.op == "attention"} == {"bf16", "fp8"}
+    assert {case.op for case in found} == set(registry.OPS)
 
 
 @pytest.mark.parametrize("case", everything(TINY, TINY_SIZES, ("bf16", "fp8", "nvfp4")), ids=lambda case: case.key)

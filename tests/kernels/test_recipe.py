@@ -73,6 +73,8 @@ def test_a_recipe_that_does_not_fit_says_why(rules, sentence):
         ('{"name": "x", "rules": {"*": {"format": "nvfp4", "accumulate": "f16"}}}', "only FP8 products"),
         ('{"name": "x", "rules": {"*": {"rank": 32}}}', "makes up for no quantisation"),
         ('{"rules": {}}', "name"),
+        ("[1]", "not a recipe: expected an object with a name and rules"),
+        ('{"name": "x", "rules": [1]}', "an object of pattern to rule"),
     ],
 )
 def test_json_that_is_no_recipe_says_why(text, sentence):
