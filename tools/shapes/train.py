@@ -31,14 +31,16 @@ from fluxkiln.autoencoder import Autoencoder
 from . import autoencoder as ae
 from . import plot, reading, workers
 from .data import Batch, Pool
-from .model import AUTOENCODER, Denoiser, position_ids, save_pipeline, save_tokenizers
+from .model import AUTOENCODER, PICTURE, Denoiser, position_ids, save_pipeline, save_tokenizers
 from .muon import Muon, matrices
 from .workers import average_gradients
 
-SIZES = ((64, 64), (96, 96), (64, 128), (128, 64), (128, 128), (64, 96), (96, 64))
+USUAL = (PICTURE, PICTURE)
+# Per cent of the steps that draw each size (width, height).
+SIZES = {USUAL: 54, (96, 96): 13, (128, 128): 13, (64, 128): 5, (128, 64): 5, (64, 96): 5, (96, 64): 5}
 # Kontext is shown a reference at one of its own sizes: scaled down to 64 px, these are those it can come to.
-EDIT_SIZES = ((64, 64), (48, 80), (80, 48), (48, 96), (96, 48))
-TOKENS = 1536  # per micro-batch, text included
+EDIT_SIZES = {USUAL: 90, (48, 80): 2.5, (80, 48): 2.5, (48, 96): 2.5, (96, 48): 2.5}
+PROMPT_TOKENS, EDIT_TOKENS = 920, 2150  # of a step, text included: edits are what takes longest to learn
 LEARNING_RATE, WARMUP = 2e-3, 100
 FIRST_CHUNKS, GROW_EVERY = 14, 80  # chunks of 256 at the start, and steps between one more of each kind
 
@@ -74,13 +76,16 @@ def velocity_loss(model: Denoiser, batch: Batch, t: Tensor, width: int, height: 
 
 
 def micro_batches(
-    pools: dict[tuple, Pool], rng: Random, edits: bool, other_sizes: float
+    pools: dict[tuple, Pool], rng: Random, edits: bool, other_sizes: bool
 ) -> list[tuple[Batch, int, int]]:
-    """Text to image and edits of one step: 64 px, or another size with probability `other_sizes`."""
+    """Text to image and edits of one step, at 64 px unless `other_sizes`; without `edits`, text to image alone."""
+    kinds = [(False, SIZES, PROMPT_TOKENS if edits else PROMPT_TOKENS + EDIT_TOKENS)]
+    if edits:
+        kinds.append((True, EDIT_SIZES, EDIT_TOKENS))
     result = []
-    for edit, sizes in ((False, SIZES), (True, EDIT_SIZES)) if edits else ((False, SIZES),):
-        width, height = sizes[0] if rng.random() >= other_sizes else rng.choice(sizes[1:])
-        n = max(4, TOKENS * (1 if edits else 2) // (width * height // 256 * (2 if edit else 1) + 32))
+    for edit, sizes, tokens in kinds:
+        width, height = rng.choices(list(sizes), list(sizes.values()))[0] if other_sizes else USUAL
+        n = max(4, tokens // (width * height // 256 * (2 if edit else 1) + 32))
         result.append((pools[edit, width, height].batch(n, rng), width, height))
     return result
 
@@ -113,16 +118,17 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
     }
     began, total = time.time(), 0.0
     for step in range(start, args.steps):
-        for (_, *size), pool in pools.items():
-            if tuple(size) == SIZES[0]:
+        for (edit, *size), pool in pools.items():
+            shares, size = EDIT_SIZES if edit else SIZES, tuple(size)
+            if size == USUAL:
                 pool.grow(FIRST_CHUNKS + step // GROW_EVERY)
             elif step >= args.sizes_from:
-                pool.grow(2 + (step - args.sizes_from) // (8 * GROW_EVERY))
+                pool.grow(2 + int((step - args.sizes_from) * shares[size] / shares[USUAL] / GROW_EVERY))
         rng = Random(f"{args.seed} {step} {rank}")
         noise = torch.Generator().manual_seed(rng.getrandbits(62))
         optimizer.zero_grad()
-        edits, other_sizes = step >= args.edits_from, 0.25 if step >= args.sizes_from else 0.0
-        batches = micro_batches(pools, rng, edits, other_sizes)
+        edits = step >= args.edits_from
+        batches = micro_batches(pools, rng, edits, step >= args.sizes_from)
         for batch, width, height in batches:
             t = times(len(batch.captions), noise, 0.4 if edits else 0.8).to(args.device)
             loss = velocity_loss(model, batch, t, width, height, noise) / len(batches)
