@@ -18,7 +18,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fluxkiln.config import FluxConfig
 from fluxkiln.kernels.formats import Fp8, Nvfp4, Weight
 from fluxkiln.locate import Located, locate
 from fluxkiln.names import SWAPPED, to_diffusers
@@ -58,14 +57,6 @@ class Checkpoint:
         self.names = tuple(self.config.tensor_shapes())
         self._source = native.source
         self._located = located
-
-    def check(self, config: FluxConfig) -> None:
-        """Compare with another configuration.
-
-        Raises:
-            CheckpointError: tensors are missing, unexpected or of another shape; it names the first few of each.
-        """
-        self._native.check(config)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._native.shape(name)

@@ -88,18 +88,6 @@ class SafetensorsFile:
         self.size = self.path.stat().st_size
         self.entries, self.metadata = self._read_header()
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries
-
-    def keys(self) -> Iterable[str]:
-        return self.entries.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.entries[name].shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        return torch_dtype(self.entries[name].dtype)
-
     def tensor(self, name: str) -> Tensor:
         """The tensor as a view of the memory map: nothing is read until it is touched. Treat it as read-only.
 

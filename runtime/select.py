@@ -33,7 +33,6 @@ class Choice:
         why: this one was.
         measured: other backends that were timed beside it -> their step's time, as a multiple of its.
         notices: what the user has to be told.
-        fallback: it is not the one that was asked for.
     """
 
     backend: str
@@ -43,7 +42,6 @@ class Choice:
     why: str = "asked for"
     measured: dict[str, float] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
-    fallback: bool = False
 
 
 def choose(
@@ -119,7 +117,6 @@ def choose(
         why=why,
         measured=measured,
         notices=tuple(notices),
-        fallback=backend not in ("auto", name),
     )
 
 

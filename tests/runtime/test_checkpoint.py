@@ -569,13 +569,6 @@ def test_config_that_makes_no_sense(tmp_path, weights, changes):
         open_checkpoint(path)
 
 
-def test_check_against_another_configuration(tmp_path, weights):
-    checkpoint = open_checkpoint(bfl_file(tmp_path, weights, None))
-    checkpoint.check(CONFIG)
-    with pytest.raises(CheckpointError, match=r"8 missing \(single_blocks.1"):
-        checkpoint.check(FluxConfig(**(vars(CONFIG) | {"depth_single_blocks": 2})))
-
-
 def test_companions_without_their_weight_are_unexpected(tmp_path, weights):
     path = broken(tmp_path, weights, **{"img_out.weight_scale": torch.ones(())})
     with pytest.raises(CheckpointError, match=r"1 unexpected \(img_out.weight_scale\)"):

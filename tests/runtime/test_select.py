@@ -108,7 +108,7 @@ def test_an_engine_timed_slower_than_triton_is_refused() -> None:
     )
     instead = chosen("trt", fallback=True)
     assert (instead.backend, instead.engine, instead.measured) == ("triton", None, {"trt": 1.25})
-    assert (instead.fallback, instead.reasons) == (True, {"trt": slower})
+    assert instead.reasons == {"trt": slower}
     named = chosen("trt", insist=True)
     assert (named.backend, named.engine, named.measured) == ("trt", ENGINE, {"triton": 0.8})
     for each in (instead, named):
@@ -162,7 +162,7 @@ def test_what_was_asked_for_and_cannot_run_is_refused_or_falls_back_loudly() -> 
     with pytest.raises(RefusedError, match=r"^backend trt: the store is empty$"):
         chosen("trt", found="the store is empty")
     choice = chosen("trt", found="the store is empty", fallback=True)
-    assert (choice.backend, choice.fallback) == ("eager", True)
+    assert choice.backend == "eager"
     assert choice.notices == ("backend trt cannot run this: the store is empty",)
 
 
