@@ -90,14 +90,12 @@ class Built:
         plan: the engine's bytes.
         structure: what it runs.
         seconds: the build took.
-        weights: `inside`, or `refit`: the engine has names for them and they are supplied when it is loaded.
         messages: warnings and errors of the builder.
     """
 
     plan: memoryview
     structure: Structure
     seconds: float
-    weights: Literal["inside", "refit"]
     messages: tuple[str, ...]
 
 
@@ -207,8 +205,7 @@ def build(
             f"in {found}"
         )
     messages = tuple(f"{severity}: {message}" for severity, message in said if severity in ("WARNING", "ERROR"))
-    weights: Literal["inside", "refit"] = "refit" if values is None else "inside"
-    return Built(memoryview(plan), structure, time.perf_counter() - start, weights, messages)
+    return Built(memoryview(plan), structure, time.perf_counter() - start, messages)
 
 
 def _load(parser: Any, traced: Traced, values: Iterable[tuple[str, Tensor]] | None) -> list[Any]:

@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
             f"the build needs up to {need / GIB:.1f} GiB of memory and {free / GIB:.1f} GiB are free{other}"
         )
     store, results = Store(args.store), []
+    store.root.mkdir(parents=True, exist_ok=True)  # fails now rather than after a build
     for arch in args.arch:
         subject = exported.subject(args.precision, arch, profile, weights, installed)
         if args.fallback:

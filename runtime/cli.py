@@ -76,7 +76,7 @@ def sentence(error: Exception) -> str:
     """An exception for the user of a command."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and str(error):
+    if isinstance(error, ValueError | OSError | RuntimeError | ImportError | MemoryError) and str(error):
         return str(error)
     return f"unexpected {type(error).__name__}: {error}; run the command with --debug for where it happened"
 

@@ -240,7 +240,7 @@ def test_the_command_says_what_memory_it_needs(
     with monkeypatch.context() as patch:
         patch.setattr(cmd_build, "available_memory", lambda: 2**30)
         assert main(command) == 1
-    assert "the build needs up to 2.5 GiB of memory and 1.0 GiB are free" in capsys.readouterr().err
+    assert capsys.readouterr().err == "fluxkiln: the build needs up to 2.5 GiB of memory and 1.0 GiB are free\n"
     assert list(Store(tmp_path / "store")) == []
 
     monkeypatch.setattr(cmd_build, "peak_memory", lambda: 3 * 2**30)
