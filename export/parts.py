@@ -24,7 +24,7 @@ from fluxkiln.foreign import FOLDERS, Part
 from fluxkiln.hub import resolve
 from fluxkiln.kernels.recipe import RECIPES, Recipe
 from fluxkiln.locate import locate
-from fluxkiln.quantize import Layers, choose_recipe
+from fluxkiln.quantize import Layers, choose_recipe, read_recipe
 from fluxkiln.text import clip_sizes, t5_sizes
 
 _KINDS: dict[str, Part] = {
@@ -121,7 +121,7 @@ def export(model: str | Path, part: str, precision: str, form: Form = "step", re
 
 def _transformer(path: Path, precision: str, form: Form, file: Path | None, dtype: torch.dtype) -> Exported:
     checkpoint = open_checkpoint(path)
-    recipe = Recipe.from_json(file.read_text()) if file else choose_recipe(precision, checkpoint)
+    recipe = read_recipe(file) if file else choose_recipe(precision, checkpoint)
     layers = shadow(checkpoint, recipe, dtype)
     traced = trace(checkpoint.config, layers, dtype, attention=recipe.attention, form=form)
     return Exported(

@@ -126,9 +126,9 @@ def run(args: argparse.Namespace) -> int:
         jobs = [job for job in jobs if job not in results]
         if not jobs:
             return _end(args, [], 0, 0)
+    cache = _cache(args)
     pipe = open_pipeline(args)
     _say_choice(pipe)
-    cache = _cache(args)
 
     done: list[dict[str, Any]] = []
     failed = 0

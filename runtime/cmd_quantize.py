@@ -31,11 +31,11 @@ def run(args: argparse.Namespace) -> int:
 
     from fluxkiln.checkpoint import open_checkpoint
     from fluxkiln.hub import resolve
-    from fluxkiln.kernels.recipe import RECIPES, Recipe
+    from fluxkiln.kernels.recipe import RECIPES
     from fluxkiln.load import default_device
-    from fluxkiln.quantize import quantize_file
+    from fluxkiln.quantize import quantize_file, read_recipe
 
-    recipe = Recipe.from_json(args.recipe.read_text()) if args.recipe else RECIPES[args.precision]
+    recipe = read_recipe(args.recipe) if args.recipe else RECIPES[args.precision]
     if args.rank is not None:
         if all(rule.format != "nvfp4" for _, rule in recipe.rules):
             raise ValueError(f"--rank is of branches beside NVFP4 weights, and the recipe {recipe.name} has none")
@@ -63,11 +63,10 @@ def run(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace) -> dict:
     """Largest inputs of every layer, over the prompts of the file."""
     import fluxkiln
+    from fluxkiln.batch import read_jobs
     from fluxkiln.quantize import calibrate
 
-    prompts = [line for line in args.calibrate.read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{args.calibrate} holds no prompt: give one a line")
+    prompts = [job["prompt"] for job in read_jobs(args.calibrate)]
     pipe = fluxkiln.Pipeline.from_pretrained(args.source, precision="bf16", backend="eager", device=args.device)
 
     def images() -> None:

@@ -13,7 +13,7 @@ from fluxkiln.checkpoint import Checkpoint, open_checkpoint
 from fluxkiln.hub import resolve
 from fluxkiln.kernels.recipe import RECIPES, Recipe
 from fluxkiln.plan import DTYPES
-from fluxkiln.quantize import Layers, choose_recipe
+from fluxkiln.quantize import Layers, choose_recipe, read_recipe
 from fluxkiln.select import Choice, choose
 from fluxkiln.transformer import Network, Transformer
 
@@ -73,7 +73,7 @@ def load_transformer(
     if precision not in RECIPES:
         raise ValueError(f"precision must be one of {', '.join(RECIPES)}, got {precision!r}")
     if isinstance(recipe, str | Path):
-        recipe = Recipe.from_json(Path(recipe).read_text())
+        recipe = read_recipe(recipe)
     dtype = dtype or (torch.float32 if precision == "fp32" else torch.bfloat16)
     if dtype == torch.float16:
         raise ValueError("FLUX.1 overflows float16: use dtype=torch.bfloat16 or torch.float32")

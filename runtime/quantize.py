@@ -165,6 +165,19 @@ def choose_recipe(precision: str, checkpoint: Checkpoint) -> Recipe:
     return stored if stored is not None and stored.name == precision else recipe.RECIPES[precision]
 
 
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe in a JSON file.
+
+    Raises:
+        ValueError: it holds none; says which file.
+        OSError: it cannot be read.
+    """
+    try:
+        return Recipe.from_json(Path(path).read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def quantize_file(
     source: str | Path,
     target: str | Path,

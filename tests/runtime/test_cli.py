@@ -199,7 +199,7 @@ def test_errors_are_one_sentence(
     assert sentence.startswith("fluxkiln")
     assert said.out == ""
     assert list(Path().iterdir()) == []
-    assert not ("is not a file" in sentence and opened)
+    assert not ("is not a file" in sentence and opened)  # said before a model is opened
 
 
 def test_debug_shows_where(opened: Any) -> None:

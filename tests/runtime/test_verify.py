@@ -126,5 +126,7 @@ def test_quantize_writes_what_load_takes_as_it_is(tmp_path, capsys, options, for
     assert (checkpoint.low_rank("single_blocks.0.linear1.weight") is not None) == (format == "nvfp4")
     assert main(["quantize", str(source), str(target), "--recipe", str(tmp_path / "none.json")]) == 1
     assert "none.json" in capsys.readouterr().err
+    assert main(["quantize", str(source), str(target), "--recipe", str(source)]) == 1
+    assert capsys.readouterr().err.startswith(f"fluxkiln: {source}: ")
     assert main(["quantize", str(source), str(target), "--precision", "fp8", "--rank", "16"]) == 1
     assert "--rank is of branches beside NVFP4 weights" in capsys.readouterr().err
