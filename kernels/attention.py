@@ -215,6 +215,11 @@ def check(q: Tensor | Fp8 | Query, k: Tensor | Fp8, v: Tensor | Values, out: Qua
                 raise ValueError(f"attention: {name} must be {k.dtype} as k is, got {_data(x).dtype}")
     if tuple(_data(v).shape) != want:
         raise ValueError(f"attention: v must be {list(want)}, got {list(_data(v).shape)}")
+    if isinstance(q, Query):
+        if tuple(q.norm.shape) not in ((1, d), (2, d)):
+            raise ValueError(f"attention: norms of q must be [1 or 2, {d}], got {list(q.norm.shape)}")
+        if q.rope.shape[0] not in (1, B) or tuple(q.rope.shape[1:]) != (L, d // 2, 2):
+            raise ValueError(f"attention: rope must be [1 or {B}, {L}, {d // 2}, 2], got {list(q.rope.shape)}")
     if out is not None and out.rule == "row":
         raise ValueError("attention: a program sees one head of a row; quantise by the rule 'bound' or 'static'")
 
@@ -229,6 +234,8 @@ def refuse(q: Tensor | Fp8 | Query, k: Tensor | Fp8, v: Tensor | Values, out: Qu
         return f"head dim {d} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if any(_data(x).stride(-1) != 1 for x in (q, k, v)):
         return "the last axis of q, k and v must be contiguous"
+    if isinstance(q, Query) and (q.rope.dtype != torch.float32 or not q.rope[0].is_contiguous()):
+        return f"rope must be fp32 and contiguous, got {q.rope.dtype}"
     if fp8 and any(isinstance(x, Fp8) and _varies(x.row_scale) for x in (q, k)):
         return "q and k in FP8 must have one scale for all tokens of a head"
     return None
@@ -559,7 +566,7 @@ def launch(
     if fp8:
         q_scale, k_scale = q.row_scale if isinstance(q, Fp8) else q.scale.expand(B, L, H), k.row_scale
     if inside:
-        norm, rope, q_split, streams = q.norm, q.rope, q.split, len(q.norm)
+        norm, rope, q_split, streams = q.norm.contiguous(), q.rope, q.split, len(q.norm)
         stride_r = q.rope.stride(0) if len(q.rope) > 1 else 0
     scale = values.scale if isinstance(values, Values) else None
     args = (

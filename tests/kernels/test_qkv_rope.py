@@ -122,9 +122,17 @@ def test_the_other_shipped_tiles(tile: Tile):
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize("target", ["bf16", "fp8"])
 def test_raw_query(target: str, streams: int):
-    """Norm and rotation of q left to attention: rounded once more on the way, so held to eager's error all the same."""
+    """Norm and rotation of q left to attention, which does them: rounded once more on the way, held to eager's error."""
+    x, rope, split = noise(2, 140, 64).bfloat16(), rotation(140, 64), SPLIT * (streams - 1)
     pj = projection("bf16", 64, 2, 64, streams, attention=target, query="raw")
-    check(noise(2, 140, 64).bfloat16(), pj, rotation(140, 64), SPLIT * (streams - 1), 90, tile("bf16"))
+    check(x, pj, rope, split, 90, tile("bf16"))
+    q, k, v = launched(x, pj, rope, split, 90, tile("bf16"))
+    attention.check(q, k, v, None)
+    assert attention.refuse(q, k, v) is None
+    normed = attention.normed(dataclasses.replace(q, data=q.data.double(), scale=None))
+    heads = (normed, values(k), attention.dequantize_values(v, 140, torch.float64))
+    want = torch.nn.functional.scaled_dot_product_attention(*(y.transpose(1, 2) for y in heads)).transpose(1, 2)
+    assert_as_good_as_eager(run(attention.launch(q, k, v, arch=90)), attention.reference(q, k, v), want.flatten(2))
 
 
 @pytest.mark.parametrize("kind", AWKWARD)
