@@ -122,7 +122,7 @@ def test_the_other_shipped_tiles(tile: Tile):
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize("target", ["bf16", "fp8"])
 def test_raw_query(target: str, streams: int):
-    """Norm and rotation of q left to attention, which does them: rounded once more on the way, held to eager's error."""
+    """Norm and rotation of q left to attention, which does them: rounded once more, and held to eager's error."""
     x, rope, split = noise(2, 140, 64).bfloat16(), rotation(140, 64), SPLIT * (streams - 1)
     pj = projection("bf16", 64, 2, 64, streams, attention=target, query="raw")
     check(x, pj, rope, split, 90, tile("bf16"))
