@@ -110,6 +110,8 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         data = json.loads(text)
+        if not isinstance(data, dict):
+            raise StoreError("it is no JSON object")
         if data.get("format") != VERSION:
             raise StoreError(f"manifest format {data.get('format')} is not {VERSION}, the one this version reads")
         return cls(**{**data, "subject": Subject(**data["subject"]), "notes": tuple(data["notes"])})

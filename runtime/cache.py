@@ -48,7 +48,7 @@ class ImageCache:
             record = Record.from_json(data["record"])
             images = [_load(entry / f"{i}.png", digest) for i, digest in enumerate(data["digests"])]
             os.utime(entry)
-        except (OSError, ValueError, KeyError, SyntaxError):
+        except (OSError, ValueError, TypeError, KeyError, SyntaxError):
             self._remove(entry)
             return None
         return images, record

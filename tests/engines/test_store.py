@@ -75,12 +75,13 @@ def test_everything_that_makes_an_engine_is_in_its_key(tmp_path: Path, change: d
         (lambda folder: (folder / PLAN).write_bytes(plan(arch_bit=4)), "is an engine for sm_120"),
         (lambda folder: (folder / PLAN).write_bytes(plan(build=117)), "of version 1.7.1.117"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "has no readable manifest"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), "has no readable manifest: it is no JSON object"),
         (lambda folder: (folder / MANIFEST).unlink(), "has no readable manifest"),
         (lambda folder: _edit(folder, precision="bf16"), "it was renamed or its manifest was changed"),
     ],
     ids=[
-        "truncated", "gone", "not an engine", "other target", "other version", "bad manifest", "no manifest",
-        "edited manifest",
+        "truncated", "gone", "not an engine", "other target", "other version", "bad manifest", "other JSON",
+        "no manifest", "edited manifest",
     ],
 )  # fmt: skip
 def test_damage_is_named(tmp_path: Path, harm, sentence: str) -> None:

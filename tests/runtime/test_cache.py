@@ -65,12 +65,14 @@ def test_what_went_in_comes_out(cache: ImageCache) -> None:
 
 
 @pytest.mark.parametrize("victim", ["0.png", "entry.json"])
-@pytest.mark.parametrize("harm", ["cut", "empty", "swapped", "gone"])
+@pytest.mark.parametrize("harm", ["cut", "empty", "swapped", "other JSON", "gone"])
 def test_damage_is_a_miss_and_heals(cache: ImageCache, victim: str, harm: str) -> None:
     cache.put(key(0), [noise(0)], RECORD)
     file = entry_of(cache, 0) / victim
     if harm == "gone":
         file.unlink()
+    elif harm == "other JSON":
+        file.write_text("[]")
     elif harm == "swapped":
         noise(5).save(entry_of(cache, 0) / "x.png")
         file.write_bytes((entry_of(cache, 0) / "x.png").read_bytes())
