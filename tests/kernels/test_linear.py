@@ -30,6 +30,13 @@ def test_text_and_image_embedders(arch: int):
     check([noise(2, 21, 4096).bfloat16(), noise(2, 40, 64).bfloat16()], streams, arch, small("bf16"))
 
 
+def test_a_stream_may_be_empty():
+    xs = [noise(2, 0, 64).bfloat16(), noise(2, 20, 64).bfloat16()]
+    streams = Streams((layer("bf16", 48, 64)[0], layer("bf16", 48, 64)[0]))
+    check(xs, streams, 90, None)
+    assert len(op.launch(xs, op.pack(streams), arch=90)[1]) == 1
+
+
 @pytest.mark.parametrize("rank", [0, 32])
 @pytest.mark.parametrize(("arch", "format", "accumulate"), KINDS)
 def test_every_format(arch: int, format: str, accumulate: str, rank: int):
