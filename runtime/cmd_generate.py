@@ -331,10 +331,10 @@ def _only_repeat(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace, output: Output, record: Record, path: Path) -> dict[str, Any]:
     """Tell about one image; returns the same for machines."""
-    from fluxkiln.report import timings_text, to_text
+    from fluxkiln.report import timings_text
 
     if args.dry_run and not args.json:
-        print(f"{to_text(record)}\n{'output':12} {path}")
+        print(f"{record}\n{'output':12} {path}")
     elif not args.json:
         request = record.request
         how = "from the cache" if output.cached else timings_text(record)

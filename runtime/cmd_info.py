@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="FILE", help="a safetensors file, a model's folder, or an image")
+    parser.add_argument("path", type=Path, metavar="FILE", help="a model's file or folder, a bundled one, or an image")
     parser.add_argument("--json", action="store_true", help="for machines")
 
 
@@ -15,13 +15,11 @@ def run(args: argparse.Namespace) -> int:
     from fluxkiln import metadata
 
     if args.path.suffix.lower() in metadata.SUFFIXES:
-        from fluxkiln.report import to_text
-
         record = metadata.read(args.path)
-        print(record.to_json(indent=2) if args.json else to_text(record))
+        print(record.to_json(indent=2) if args.json else record)
     else:
-        from fluxkiln import info
+        from fluxkiln import hub, info
 
-        description = info.describe(args.path)
+        description = info.describe(hub.resolve(str(args.path)) if str(args.path) in hub.BUNDLED else args.path)
         print(info.to_json(description) if args.json else info.to_text(description))
     return 0

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors.torch import save_file
 
 from fluxkiln.checkpoint import CheckpointError
+from fluxkiln.cli import main
 from fluxkiln.config import DEV, SCHNELL, FluxConfig
 from fluxkiln.info import describe, to_json, to_text
 from fluxkiln.kernels.formats import quantize_fp8, quantize_nvfp4
@@ -169,3 +170,8 @@ def test_no_safetensors_file(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no safetensors file"):
         describe(tmp_path / "empty")
+
+
+def test_a_bundled_model_goes_by_its_name(capsys):
+    assert main(["info", "shapes"]) == 0
+    assert "variant kontext (diffusers)" in capsys.readouterr().out
