@@ -510,15 +510,11 @@ def _attention_kernel(
 # --- launch -----------------------------------------------------------------------------------
 
 
-def pick(
-    arch: int, format: str, head_dim: int, length: int, describable: bool = True, inside: bool = False
-) -> Tile:  # fmt: skip
+def pick(arch: int, format: str, head_dim: int, length: int, inside: bool = False) -> Tile:
     """The tile for k and v in `format`: the one measured fastest at the nearest length, or the table's.
 
-    `describable` says whether TMA descriptors can be made of q, k and v; `inside`, whether q is a `Query`.
+    `inside` says whether q is a `Query`.
     """
-    if not describable:
-        return TILES[89, format, head_dim]
     if inside and (arch, format, head_dim) in TILES_INSIDE:
         return TILES_INSIDE[arch, format, head_dim]
     kind = {"arch": arch, "format": format, "head_dim": head_dim}
@@ -551,7 +547,7 @@ def launch(
     values = bounded(v) if out and out.rule == "bound" else v
     tensors = (_data(q), _data(k), _data(values))
     inside = isinstance(q, Query)
-    tile = tile or pick(arch, "fp8" if fp8 else "bf16", D, L, all(map(describable, tensors[1:])), inside)
+    tile = tile or pick(arch, "fp8" if fp8 else "bf16", D, L, inside)
     y = outputs(out, (B, L, H * D), v.dtype, empty or fresh(tensors[0].device))
 
     # One pass over all tokens, unless v's first stream ends within a block.
@@ -559,8 +555,8 @@ def launch(
     even = split == 0 and L % tile.n == 0
     k_arg, v_arg = tensors[1:]
     if tile.copies == "tma":
-        k_arg = TensorDescriptor.from_tensor(tensors[1], [1, tile.n, 1, D])
-        v_arg = TensorDescriptor.from_tensor(tensors[2], [1, 1, D, tile.n] if fp8 else [1, tile.n, 1, D])
+        k_arg = TensorDescriptor.from_tensor(addressable(k_arg), [1, tile.n, 1, D])
+        v_arg = TensorDescriptor.from_tensor(addressable(v_arg), [1, 1, D, tile.n] if fp8 else [1, tile.n, 1, D])
     norm = rope = q_scale = k_scale = None
     q_split, streams, stride_r = 0, 0, 0
     if fp8:
@@ -594,10 +590,12 @@ def launch(
     return y, [Launch(_attention_kernel, grid, args, options)]
 
 
-def describable(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can address x: 16-byte strides from a 16-byte boundary."""
+def addressable(x: Tensor) -> Tensor:
+    """x, or a copy that the tensor memory accelerator can address: 16-byte strides from a 16-byte boundary."""
     strides = [stride * x.element_size() for stride in x.stride()[:-1]]
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
+    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def configurations(arch: int) -> Iterator[Configuration]:

@@ -166,8 +166,7 @@ class Triton:
             images = [linear.reference([x[i : i + 1] for x in xs], layer) for i in range(len(xs[0]))]
             return torch.cat(images)
         # From the caller: they may lie anywhere.
-        xs = [x if attention.describable(x) else x.clone(memory_format=torch.contiguous_format) for x in xs]
-        y = self._run("linear", linear, xs, unstacked(layer))
+        y = self._run("linear", linear, list(map(attention.addressable, xs)), unstacked(layer))
         return y.clone() if len(xs) == 1 else y  # one stream is the end: the velocity belongs to the caller
 
     def _run(self, name: str, op: Any, *args: Any) -> Any:
