@@ -16,8 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 
 from fluxkiln.autoencoder import Autoencoder, AutoencoderConfig
 from fluxkiln.autoencoder import diffusers_tensors as autoencoder_to_diffusers
+from fluxkiln.bench.peers import diffusers_state
 from fluxkiln.config import FluxConfig
-from fluxkiln.names import SWAPPED, to_diffusers
 from fluxkiln.transformer import Transformer
 
 from . import vocabulary
@@ -213,18 +213,6 @@ def sample(
     return autoencoder.decode(unpack(x, h, w)).clamp(-1, 1)
 
 
-def _diffusers_tensors(native: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The transformer in diffusers' names: stacked projections apart, halves of the last modulation swapped."""
-    result, width = {}, TRANSFORMER.hidden_size
-    for name, tensor in native.items():
-        if name in SWAPPED:
-            tensor = torch.cat(tensor.chunk(2)[::-1])
-        names = to_diffusers(name)
-        rows = [width] * 3 + [TRANSFORMER.mlp_hidden] if len(names) == 4 else [len(tensor) // len(names)] * len(names)
-        result |= dict(zip(names, tensor.split(rows), strict=True))
-    return result
-
-
 def _save(tensors: dict[str, Tensor], folder: Path, name: str, config: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in tensors.items()}
@@ -242,7 +230,7 @@ def save_tokenizers(folder: Path) -> None:
 def save_pipeline(folder: Path, model: Denoiser, autoencoder: Autoencoder) -> None:
     """Write everything but the tokenizers and the card: bf16 safetensors in diffusers' names."""
     weights = "diffusion_pytorch_model.safetensors"
-    _save(_diffusers_tensors(model.native()), folder / "transformer", weights, TRANSFORMER.to_diffusers())
+    _save(diffusers_state(model.native()), folder / "transformer", weights, TRANSFORMER.to_diffusers())
     _save(
         autoencoder_to_diffusers(autoencoder.state_dict()),
         folder / "vae",
