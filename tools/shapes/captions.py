@@ -58,7 +58,7 @@ WORDS = [
 EDITS = ("recolor", "remove", "add", "move", "resize", "background", "style")
 # How often training draws each kind: text to image (single, pair, count, word, empty), then EDITS.
 TEXT_SHARES = (30, 50, 15, 4, 1)
-EDIT_SHARES = (4, 3, 2, 2, 2, 4, 4)
+EDIT_SHARES = (8, 3, 2, 2, 4, 8, 8)
 
 
 @dataclass(frozen=True)
