@@ -57,7 +57,8 @@ def facts(sample: captions.Sample) -> dict[str, str]:
     for i, thing in things.items():
         fields = _THING if before is None or i else ("shape", "color")
         found |= {f"{field} {i}": value for field in fields if (value := getattr(thing, field)) in said}
-    if (before is None or kind == "background") and ("background" in said or "gradient" in said):
+    told = ("background" in said or "gradient" in said) and all(color in said for color in scene.background.colors)
+    if told and (before is None or kind == "background"):
         found["background"] = scene.background.kind
         found |= {f"background {i}": color for i, color in enumerate(scene.background.colors)}
     if kind == "pair":
