@@ -267,7 +267,10 @@ def reference(
     else:
         heads = (x.transpose(1, 2) for x in (q, k, _data(v)))
         o = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2)
-    bound = bounded(v).scale.amax((1, 2))[:, None] * FP8_MAX if out and out.rule == "bound" else None
+    bound = None
+    if out and out.rule == "bound":
+        largest_v = v.scale.amax((1, 2)) * FP8_MAX if isinstance(v, Values) else v.abs().amax((1, 2, 3))
+        bound = largest_v[:, None].to(torch.promote_types(dtype, torch.float32))
     return formats.quantize(o.flatten(2), out, dtype, bound)
 
 
