@@ -22,6 +22,7 @@ from fluxkiln.bench import image
 from fluxkiln.bench.fidelity import fidelity
 from fluxkiln.bench.image import Settings
 from fluxkiln.bench.suite import Item
+from fluxkiln.files import write_text
 from fluxkiln.kernels.recipe import BY_NORM, BY_TILE, Recipe, Rule
 
 if TYPE_CHECKING:
@@ -172,5 +173,5 @@ def run(args: argparse.Namespace) -> int:
     elif "note" in results:
         print(results["note"])
     if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_text(args.out, json.dumps(results, indent=1) + "\n")
     return 0

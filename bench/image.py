@@ -33,6 +33,7 @@ from fluxkiln.bench import fidelity, learned, metrics, report, shapes_judge, sui
 from fluxkiln.bench.fidelity import contact_sheet, read
 from fluxkiln.bench.suite import Item
 from fluxkiln.cli import pixels
+from fluxkiln.files import write_text
 
 if TYPE_CHECKING:
     from fluxkiln.pipeline import Output, Pipeline
@@ -412,9 +413,7 @@ def _one(
         results["step_errors"] = ablation.step_errors(pipe, args.model, items[: args.step_errors], settings)
     if args.model == "shapes":
         results["note"] = SHAPES_NOTE
-    partial = folder / "results.writing"
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    partial.replace(folder / "results.json")
+    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     if args.sheet:
         captions = (
             item.prompt if row.get("ok", True) else f"WRONG {item.prompt}"

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fluxkiln.files import write_text
+
 START, END = "<!-- measured -->\n", "<!-- /measured -->"
 SIZE = "1024x1024"
 
@@ -123,7 +125,7 @@ def write_readme(path: Path, tables: str) -> None:
     start, end = text.find(START), text.find(END)
     if min(start, end) < 0:
         raise ValueError(f"{path} has no {START.strip()} and {END} to write between")
-    path.write_text(text[: start + len(START)] + (f"\n{tables}\n\n" if tables else "") + text[end:])
+    write_text(path, text[: start + len(START)] + (f"\n{tables}\n\n" if tables else "") + text[end:])
 
 
 # --- plots ------------------------------------------------------------------------------------

@@ -74,17 +74,18 @@ class Item:
 def load(name: str | Path) -> list[Item]:
     """Read a suite: the name of a bundled one, a JSONL file, or a folder with `metadata.jsonl`.
 
+    A folder of a bundled one's name is meant by `./name`, as with models.
+
     Raises:
         ValueError: no such suite, or a line that is not as the format wants it.
     """
-    path = Path(name)
-    bundled = BUNDLED / f"{name}.jsonl"
-    if path.is_dir():
+    path, bundled = Path(name), {file.stem: file for file in BUNDLED.glob("*.jsonl")}
+    if str(name) in bundled:
+        path = bundled[str(name)]
+    elif path.is_dir():
         path /= "metadata.jsonl"
-    elif not path.exists() and bundled.exists():
-        path = bundled
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in BUNDLED.glob("*.jsonl")))
+        known = ", ".join(sorted(bundled))
         raise ValueError(
             f"no suite {str(name)!r}: expected one of {known}, a JSONL file, or a folder with metadata.jsonl"
         )

@@ -29,6 +29,7 @@ from fluxkiln.bench.kernels import TINY_SIZES, parity
 from fluxkiln.bench.measure import lost, measure
 from fluxkiln.bench.step import TINY
 from fluxkiln.config import DEV
+from fluxkiln.files import write_text
 from fluxkiln.kernels import (
     attention,
     library,
@@ -210,9 +211,7 @@ def merge(path: Path, section: str, row: Mapping[str, Any]) -> None:
     plain = json.loads(json.dumps(row))
     kept = [old for old in table.get(section, []) if old["problem"] != plain["problem"]]
     table = {"rows": []} | table | {section: [*kept, plain]}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(table, indent=1) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(table, indent=1) + "\n")
 
 
 # --- command ----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fluxkiln.files import write_text
 from fluxkiln.kernels.arch import ARCHS
 from fluxkiln.kernels.compile import Configuration
 
@@ -58,6 +59,4 @@ def write(fresh: Sequence[Mapping[str, Any]], path: Path = TABLE) -> None:
     replaced = {(row["triton"], row["arch"]) for row in fresh}
     kept = [row for row in known if (row["triton"], row["arch"]) not in replaced]
     kept += [{name: row[name] for name in FIELDS if name in row} for row in fresh]
-    partial = path.with_suffix(".partial")
-    partial.write_text("[\n" + ",\n".join(json.dumps(row) for row in sorted(kept, key=key)) + "\n]\n")
-    partial.replace(path)
+    write_text(path, "[\n" + ",\n".join(json.dumps(row) for row in sorted(kept, key=key)) + "\n]\n")

@@ -7,7 +7,6 @@ dtype. Two backends are compared at the token counts at which both were timed.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -16,6 +15,7 @@ from typing import Any
 
 from fluxkiln.config import FluxConfig
 from fluxkiln.engines.store import default_root
+from fluxkiln.files import write_text
 
 MARGIN = 0.05  # of the slower one's time: closer calls fall to the fixed order
 TIMED = "fluxkiln step"  # the contestant of `bench step` that counts: what a pipeline repeats
@@ -81,9 +81,7 @@ def keep(result: Mapping[str, Any], folder: Path) -> Path:
     name = "-".join("".join(c if c.isalnum() or c in "+." else "_" for c in part) for part in parts)
     path = folder / f"step-{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.part")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(result, indent=1) + "\n")
     return path
 
 

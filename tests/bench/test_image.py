@@ -275,6 +275,14 @@ def test_broken_suites_are_refused(tmp_path: Path, text: str, message: str) -> N
         suite.load(path)
 
 
+def test_a_folder_hides_no_bundled_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "shapes" / "metadata.jsonl").write_text('{"id": 1, "category": "a", "prompt": "mine"}\n')
+    assert len(suite.load("shapes")) > 1000
+    assert [item.prompt for item in suite.load("./shapes")] == ["mine"]
+
+
 def test_unknown_suite_names_the_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*BENCH, "--suite", "nothing"]) == 1
     assert "expected one of shapes, shapes-negative, shapes-turns, a JSONL" in capsys.readouterr().err
