@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from random import Random
 
@@ -62,11 +63,52 @@ def test_a_reader_is_right_only_about_what_is_said() -> None:
     assert reading.loss_and_right(answers, [sample])[1] == pytest.approx(1 - 1 / len(facts))
 
 
+@pytest.mark.parametrize(
+    ("step", "prompts", "edits"),
+    [
+        (9, {train.USUAL}, set()),
+        (10, {train.USUAL}, {train.USUAL}),
+        (20, set(train.SIZES) - {train.USUAL}, set()),
+        (24, set(train.SIZES) - {train.USUAL}, set()),
+        (25, set(train.SIZES), set(train.EDIT_SIZES)),
+    ],
+)
+def test_a_step_draws_the_sizes_of_its_phase_and_as_many_tokens(step: int, prompts: set, edits: set) -> None:
+    class Counting:
+        def __init__(self, size: tuple[int, int]) -> None:
+            self.size = size
+
+        def batch(self, n: int, rng: Random) -> data.Batch:
+            return data.Batch(self.size, ["a star"] * n, torch.empty(n), None, torch.empty(n))
+
+    sizes = {(False, size) for size in train.SIZES} | {(True, size) for size in train.EDIT_SIZES}
+    pools: dict = {(edit, *size): Counting(size) for edit, size in sizes}
+    now = train.ingredients(step, Namespace(edits_from=10, sizes_from=20, sizes_alone=5))
+    drawn = [train.micro_batches(pools, Random(seed), now) for seed in range(600)]
+    assert {batches[0].size for batches in drawn} == prompts
+    assert {batch.size for batches in drawn for batch in batches[1:]} == edits
+    for batches in drawn:
+        lengths = [batch.size[0] * batch.size[1] // 256 * (1 + i) + 32 for i, batch in enumerate(batches)]
+        tokens = sum(len(batch.captions) * length for batch, length in zip(batches, lengths, strict=True))
+        assert train.PROMPT_TOKENS + train.EDIT_TOKENS - sum(lengths) < tokens
+
+
+def test_short_text_is_the_same_text_with_less_padding(tmp_path: Path) -> None:
+    model.save_tokenizers(tmp_path)
+    denoiser = model.Denoiser(tmp_path)
+    texts = ["a small red star at the top left of a blue background", "a star", ""]
+    for long, short in zip(denoiser.tokenize(texts), denoiser.tokenize(texts, short=True), strict=True):
+        assert long.shape == (3, 32)
+        assert short.shape == (3, 16)
+        assert torch.equal(long[:, :16], short)
+        assert (long[:, 16:] == long[2, -1]).all()
+
+
 @pytest.mark.long  # makes tokenizers, an autoencoder and thousands of latents from nothing
 def test_one_command_trains_resumes_and_writes_a_pipeline(tmp_path: Path) -> None:
     def command(steps: int) -> None:
         few = ("--reading-steps", "50", "--autoencoder-steps", "2", "--polish-steps", "2", "--decay", "2")
-        late = ("--steps", str(steps), "--edits-from", "1", "--sizes-from", "100")
+        late = ("--steps", str(steps), "--edits-from", "1")
         folders = ("--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"))
         subprocess.run([sys.executable, "-m", "shapes.train", *folders, *few, *late], cwd=TOOLS, check=True)
 

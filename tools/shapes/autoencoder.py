@@ -23,6 +23,9 @@ from .workers import average_gradients, save
 # (width, height, pictures a step); the first is drawn more often than all others together
 _SIZES = ((64, 64, 8), (96, 96, 4), (64, 128, 4), (128, 64, 4), (128, 128, 2), (96, 64, 5))
 _CROP, _CROPS = 32, 24  # side in pixels, and how many a step
+# Most noise on a latent, in its standard deviations. The denoiser's own latents are 0.1 to 0.25 beside the true ones:
+# what the decoder has to tell apart, the encoder puts further apart than that.
+_NOISE = 0.4
 
 
 def _pictures(rng: Random) -> Tensor:
@@ -98,7 +101,7 @@ def train(
         with torch.autocast(device.type, torch.bfloat16):
             mean, _ = model.encode_moments(picture)
             spread = (
-                0.05
+                _NOISE
                 * mean.detach().float().std((0, 2, 3), keepdim=True)
                 * torch.rand(len(mean), 1, 1, 1, device=device)
             )

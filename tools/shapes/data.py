@@ -35,8 +35,9 @@ def training_sample(rng: Random, edit: bool) -> captions.Sample:
 
 @dataclass
 class Batch:
-    """One step's worth of one kind and size. `reference` is None for text to image."""
+    """One step's worth of one kind and size (width, height). `reference` is None for text to image."""
 
+    size: tuple[int, int]
     captions: list[str]
     target: Tensor
     reference: Tensor | None
@@ -110,4 +111,4 @@ class Pool:
             references.append(latents[-1])
             strengths.append(guidance)
         reference = torch.stack(references) if self.edit else None
-        return Batch(texts, torch.stack(targets), reference, torch.tensor(strengths))
+        return Batch(self.size, texts, torch.stack(targets), reference, torch.tensor(strengths))

@@ -72,8 +72,7 @@ def main() -> None:
     parser.add_argument("--last", type=int, help="only so many snapshots")
     parser.add_argument("--sheet", type=Path, help="contact sheet of the last snapshot")
     args = parser.parse_args()
-    polished = args.run / "decoder.pt"
-    autoencoder = load_autoencoder(polished if polished.exists() else args.run / "autoencoder.pt")
+    autoencoder = load_autoencoder(args.run / "autoencoder.pt")
     counts: dict[str, int] = {}
     items = []
     for item in suite.load("shapes"):

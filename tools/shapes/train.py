@@ -1,10 +1,9 @@
 """Train the bundled "shapes" model from nothing: `python -m shapes.train --run RUN --out FOLDER` (in tools/).
 
     tokenizers   from the captions' own words
-    autoencoder  pictures to 16 channels of whitened latents and back
+    autoencoder  pictures to 16 channels of latents and back; latents whitened, the decoder polished
     reading      T5 alone: what do the captions say
-    denoiser     FLUX.1 transformer, CLIP and T5 together, text to image and edits in every step
-    decoder      a last polish with the encoder fixed
+    denoiser     FLUX.1 transformer, CLIP and T5 together; what its steps are made of changes, see `ingredients`
 
 Every stage is seeded and resumes where it stopped. Training runs in `--workers` processes of one thread each that
 average their gradients: on few cores this is faster than threads, which wait for each other at every operation. On a
@@ -20,6 +19,7 @@ import time
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,19 +33,47 @@ from . import plot, reading, workers
 from .data import Batch, Pool
 from .model import AUTOENCODER, PICTURE, Denoiser, position_ids, save_pipeline, save_tokenizers
 from .muon import Muon, matrices
+from .vocabulary import MAX_LENGTH
 from .workers import average_gradients
 
 USUAL = (PICTURE, PICTURE)
 # Per cent of the steps that draw each size (width, height).
-SIZES = {USUAL: 54, (96, 96): 13, (128, 128): 13, (64, 128): 5, (128, 64): 5, (64, 96): 5, (96, 64): 5}
+SQUARE = {USUAL: 100.0}
+SIZES = {USUAL: 54.0, (96, 96): 12, (128, 128): 12, (64, 128): 5, (128, 64): 5, (64, 96): 4, (96, 64): 4}
+SIZES |= {(96, 128): 2, (128, 96): 2}
+OTHERS = {size: share for size, share in SIZES.items() if size != USUAL}
 # Kontext is shown a reference at one of its own sizes: scaled down to 64 px, these are those it can come to.
-EDIT_SIZES = {USUAL: 90, (48, 80): 2.5, (80, 48): 2.5, (48, 96): 2.5, (96, 48): 2.5}
+EDIT_SIZES = {USUAL: 90.0, (48, 80): 2.5, (80, 48): 2.5, (48, 96): 2.5, (96, 48): 2.5}
 PROMPT_TOKENS, EDIT_TOKENS = 920, 2150  # of a step, text included: edits are what takes longest to learn
 LEARNING_RATE, WARMUP = 2e-3, 100
 FIRST_CHUNKS, GROW_EVERY = 14, 80  # chunks of 256 at the start, and steps between one more of each kind
 
 
-def times(n: int, noise: torch.Generator, early: float = 0.4) -> Tensor:
+class Ingredients(NamedTuple):
+    """What a step is made of: shares of the prompts' sizes and of the edits' (none: prompts alone), and of times
+    above 0.8."""
+
+    sizes: dict[tuple[int, int], float]
+    edit_sizes: dict[tuple[int, int], float]
+    early: float
+
+
+def ingredients(step: int, args: argparse.Namespace) -> Ingredients:
+    """Four phases. What lies where is learned in a rush, from enough of it in each step, or not at all.
+
+    So it is with 64 px at first, and with every other size when its turn comes; a small share of it in each step
+    teaches neither.
+    """
+    if step < args.edits_from:
+        return Ingredients(SQUARE, {}, 0.8)
+    if step < args.sizes_from:
+        return Ingredients(SQUARE, SQUARE, 0.4)
+    if step < args.sizes_from + args.sizes_alone:
+        return Ingredients(OTHERS, {}, 0.65)
+    return Ingredients(SIZES, EDIT_SIZES, 0.4)
+
+
+def times(n: int, noise: torch.Generator, early: float) -> Tensor:
     """`[n]` in 0..1, 1 = noise: a share `early` above 0.8, one in ten anywhere, the rest where most of the path bends.
 
     What is drawn, and in which colour, is decided above 0.9: below, even a noisy picture shows its background, since
@@ -57,9 +85,13 @@ def times(n: int, noise: torch.Generator, early: float = 0.4) -> Tensor:
     return torch.where(kind < early, 0.8 + 0.2 * start, torch.where(kind < early + 0.1, anywhere, middle))
 
 
-def velocity_loss(model: Denoiser, batch: Batch, t: Tensor, width: int, height: int, noise: torch.Generator) -> Tensor:
-    """Flow matching: the model's velocity against noise - picture at the time `t` of each row, on `t`'s device."""
-    length, x0 = batch.target.shape[1], batch.target.to(t.device)
+def velocity_loss(model: Denoiser, predict: nn.Module, batch: Batch, t: Tensor, noise: torch.Generator) -> Tensor:
+    """Flow matching: the velocity of `predict`, `model` itself or compiled, against noise - picture at times `t [B]`.
+
+    Two batches in three have the shortest text length that holds their captions: half of a step's tokens would be
+    padding. The rest have all 32, as pipelines do.
+    """
+    (width, height), x0 = batch.size, batch.target.to(t.device)
     x1 = torch.randn(x0.shape, generator=noise).to(t.device)
     img = torch.lerp(x0, x1, t[:, None, None])
     ids = position_ids(height // 16, width // 16)
@@ -67,26 +99,24 @@ def velocity_loss(model: Denoiser, batch: Batch, t: Tensor, width: int, height: 
         blur = 0.03 * torch.randn(batch.reference.shape, generator=noise)
         img = torch.cat((img, (batch.reference + blur).to(t.device)), 1)
         ids = torch.cat((ids, position_ids(height // 16, width // 16, 1)))
-    ids = ids.to(t.device)
+    short = torch.rand((), generator=noise).item() < 2 / 3
     # At these lengths the fused attention's backward takes twice as long as plain products do on a CPU.
     with torch.autocast(t.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        txt, pooled = model.encode(batch.captions)
-        velocity = model(img, txt, pooled, t, batch.guidance.to(t.device), ids)[:, :length]
+        txt, pooled = model.encode(batch.captions, short)
+        velocity = predict(img, txt, pooled, t, batch.guidance.to(t.device), ids.to(t.device))[:, : x0.shape[1]]
     return mse_loss(velocity.float(), x1 - x0)
 
 
-def micro_batches(
-    pools: dict[tuple, Pool], rng: Random, edits: bool, other_sizes: bool
-) -> list[tuple[Batch, int, int]]:
-    """Text to image and edits of one step, at 64 px unless `other_sizes`; without `edits`, text to image alone."""
-    kinds = [(False, SIZES, PROMPT_TOKENS if edits else PROMPT_TOKENS + EDIT_TOKENS)]
-    if edits:
-        kinds.append((True, EDIT_SIZES, EDIT_TOKENS))
+def micro_batches(pools: dict[tuple, Pool], rng: Random, step: Ingredients) -> list[Batch]:
+    """Prompts and, if the step has any, edits."""
+    kinds = [(False, step.sizes, PROMPT_TOKENS if step.edit_sizes else PROMPT_TOKENS + EDIT_TOKENS)]
+    if step.edit_sizes:
+        kinds.append((True, step.edit_sizes, EDIT_TOKENS))
     result = []
     for edit, sizes, tokens in kinds:
-        width, height = rng.choices(list(sizes), list(sizes.values()))[0] if other_sizes else USUAL
-        n = max(4, tokens // (width * height // 256 * (2 if edit else 1) + 32))
-        result.append((pools[edit, width, height].batch(n, rng), width, height))
+        width, height = rng.choices(list(sizes), list(sizes.values()))[0]
+        n = max(4, tokens // (width * height // 256 * (2 if edit else 1) + MAX_LENGTH))
+        result.append(pools[edit, width, height].batch(n, rng))
     return result
 
 
@@ -100,7 +130,7 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
     run: Path = args.run
     torch.manual_seed(args.seed)
     model = Denoiser(run / "tokenizers").to(args.device)
-    parameters = list(model.parameters())
+    compiled, parameters = torch.compile(model, dynamic=False), list(model.parameters())
     optimizer = Muon(*matrices(model))
     average, start, path = [p.detach().clone() for p in parameters], 0, run / "denoiser.pt"
     if path.exists():
@@ -123,15 +153,16 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
             if size == USUAL:
                 pool.grow(FIRST_CHUNKS + step // GROW_EVERY)
             elif step >= args.sizes_from:
-                pool.grow(2 + int((step - args.sizes_from) * shares[size] / shares[USUAL] / GROW_EVERY))
+                pool.grow(2 + int(shares[size] * (0.5 + (step - args.sizes_from) / shares[USUAL] / GROW_EVERY)))
         rng = Random(f"{args.seed} {step} {rank}")
         noise = torch.Generator().manual_seed(rng.getrandbits(62))
         optimizer.zero_grad()
-        edits = step >= args.edits_from
-        batches = micro_batches(pools, rng, edits, step >= args.sizes_from)
-        for batch, width, height in batches:
-            t = times(len(batch.captions), noise, 0.4 if edits else 0.8).to(args.device)
-            loss = velocity_loss(model, batch, t, width, height, noise) / len(batches)
+        now = ingredients(step, args)
+        batches = micro_batches(pools, rng, now)
+        for batch in batches:
+            t = times(len(batch.captions), noise, now.early).to(args.device)
+            predict = compiled if args.compile and batch.size == USUAL else model
+            loss = velocity_loss(model, predict, batch, t, noise) / len(batches)
             loss.backward()
             total += loss.item()
         average_gradients(parameters)
@@ -175,25 +206,18 @@ def load_denoiser(run: Path, average: Path) -> Denoiser:
 
 
 def train_autoencoder(args: argparse.Namespace) -> None:
-    """Write `autoencoder.pt`: trained, its latents whitened."""
+    """Write `autoencoder.pt`: trained, its latents whitened, and the decoder polished, which then knows them."""
     run: Path = args.run
-    if (run / "autoencoder.pt").exists():
-        return
-    if not (raw := run / "autoencoder-raw.pt").exists():
-        log_here = partial(log, run)
-        workers.run(ae.train, args.workers, run, raw, args.autoencoder_steps, args.seed, args.device, log_here)
-    model = load_autoencoder(raw)
-    ae.whiten(model, Random(f"{args.seed} whiten"))
-    workers.save(model.state_dict(), run / "autoencoder.pt")
-
-
-def polish_decoder(args: argparse.Namespace) -> None:
-    """Write `decoder.pt`: the autoencoder with a decoder that is used to its whitened latents."""
-    path, whitened = args.run / "decoder.pt", args.run / "autoencoder.pt"
-    if not path.exists():
-        log_here = partial(log, args.run)
-        more = (args.polish_steps, args.seed, args.device, log_here, whitened)
-        workers.run(ae.train, args.workers, args.run, path, *more)
+    raw, whitened, polished = (run / f"autoencoder{name}.pt" for name in ("-raw", "-whitened", ""))
+    more = (args.seed, args.device, partial(log, run))
+    if not raw.exists():
+        workers.run(ae.train, args.workers, run, raw, args.autoencoder_steps, *more)
+    if not whitened.exists():
+        model = load_autoencoder(raw)
+        ae.whiten(model, Random(f"{args.seed} whiten"))
+        workers.save(model.state_dict(), whitened)
+    if not polished.exists():
+        workers.run(ae.train, args.workers, run, polished, args.polish_steps, *more, whitened)
 
 
 def main() -> None:
@@ -202,19 +226,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
     parser.add_argument("--steps", type=int, default=12_000, help="steps of the denoiser")
     parser.add_argument("--decay", type=int, default=6_000, help="last steps, in which the learning rate falls to 0")
-    parser.add_argument(
-        "--edits-from",
-        type=int,
-        default=1_500,
-        help="until this step prompts alone and mostly noise: what lies where is learned all at once or not at all",
-    )
-    parser.add_argument(
-        "--sizes-from", type=int, default=1_500, help="step from which other sizes than 64 px are mixed in"
-    )
-    parser.add_argument("--reading-steps", type=int, default=1_500)
+    parser.add_argument("--edits-from", type=int, default=1_500, help="until this step, prompts alone, mostly noise")
+    parser.add_argument("--sizes-from", type=int, default=5_000, help="until this step, 64 px alone")
+    parser.add_argument("--sizes-alone", type=int, default=600, help="and for so many steps, the other sizes alone")
     parser.add_argument("--autoencoder-steps", type=int, default=6_000)
-    parser.add_argument("--polish-steps", type=int, default=2_000, help="of the decoder alone, at the end")
+    parser.add_argument("--polish-steps", type=int, default=2_000, help="of the decoder alone, on whitened latents")
+    parser.add_argument("--reading-steps", type=int, default=1_500)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 1 for a GPU")
+    parser.add_argument("--compile", action="store_true", help="a fifth faster after minutes; needs a C++ compiler")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda (default: cpu)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -227,11 +246,10 @@ def main() -> None:
         more = (args.reading_steps, args.seed, args.device, log_here)
         workers.run(reading.train, args.workers, args.run, args.run, t5, *more)
     workers.run(train_denoiser, args.workers, args.run, args)
-    polish_decoder(args)
     model = load_denoiser(args.run, args.run / f"average-{args.steps:06}.pt")
     # The ones it was trained with: captions may have changed since.
     shutil.copytree(args.run / "tokenizers", args.out, dirs_exist_ok=True)
-    save_pipeline(args.out, model, load_autoencoder(args.run / "decoder.pt"))
+    save_pipeline(args.out, model, load_autoencoder(args.run / "autoencoder.pt"))
 
 
 if __name__ == "__main__":
