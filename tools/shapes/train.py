@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
     parser.add_argument("--steps", type=int, default=12_000, help="steps of the denoiser")
     parser.add_argument("--decay", type=int, default=6_000, help="last steps, in which the learning rate falls to 0")
-    parser.add_argument("--edits-from", type=int, default=1_500, help="until this step, prompts alone, mostly noise")
+    parser.add_argument("--edits-from", type=int, default=1_000, help="until this step, prompts alone, mostly noise")
     parser.add_argument("--sizes-from", type=int, default=5_000, help="until this step, 64 px alone")
     parser.add_argument("--sizes-alone", type=int, default=600, help="and for so many steps, the other sizes alone")
     parser.add_argument("--autoencoder-steps", type=int, default=6_000)
