@@ -64,33 +64,34 @@ def test_a_reader_is_right_only_about_what_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "prompts", "edits"),
+    ("step", "drawn"),
     [
-        (9, {train.USUAL}, set()),
-        (10, {train.USUAL}, {train.USUAL}),
-        (20, set(train.SIZES) - {train.USUAL}, set()),
-        (24, set(train.SIZES) - {train.USUAL}, set()),
-        (25, set(train.SIZES), set(train.EDIT_SIZES)),
+        (9, [(False, train.SQUARE)]),
+        (10, [(False, train.SQUARE), (True, train.SQUARE)]),
+        (20, [(False, train.SQUARE), (False, train.OTHER_SIZES), (True, train.EDIT_SIZES)]),
     ],
 )
-def test_a_step_draws_the_sizes_of_its_phase_and_as_many_tokens(step: int, prompts: set, edits: set) -> None:
+def test_a_step_draws_the_sizes_of_its_phase_and_as_many_tokens(step: int, drawn: list) -> None:
     class Counting:
-        def __init__(self, size: tuple[int, int]) -> None:
-            self.size = size
+        def __init__(self, edit: bool, size: tuple[int, int]) -> None:
+            self.edit, self.size = edit, size
 
         def batch(self, n: int, rng: Random) -> data.Batch:
-            return data.Batch(self.size, ["a star"] * n, torch.empty(n), None, torch.empty(n))
+            reference = torch.empty(n) if self.edit else None
+            return data.Batch(self.size, ["a star"] * n, torch.empty(n), reference, torch.empty(n))
 
-    sizes = {(False, size) for size in train.SIZES} | {(True, size) for size in train.EDIT_SIZES}
-    pools: dict = {(edit, *size): Counting(size) for edit, size in sizes}
-    now = train.ingredients(step, Namespace(edits_from=10, sizes_from=20, sizes_alone=5))
-    drawn = [train.micro_batches(pools, Random(seed), now) for seed in range(600)]
-    assert {batches[0].size for batches in drawn} == prompts
-    assert {batch.size for batches in drawn for batch in batches[1:]} == edits
-    for batches in drawn:
-        lengths = [batch.size[0] * batch.size[1] // 256 * (1 + i) + 32 for i, batch in enumerate(batches)]
+    sizes = {(False, size) for size in (train.USUAL, *train.OTHER_SIZES)} | {(True, size) for size in train.EDIT_SIZES}
+    pools: dict = {(edit, *size): Counting(edit, size) for edit, size in sizes}
+    phase = train.portions(step, Namespace(edits_from=10, sizes_from=20))
+    found: list[set] = [set() for _ in drawn]
+    for seed in range(600):
+        batches = train.micro_batches(pools, Random(seed), phase)
+        lengths = [batch.size[0] * batch.size[1] // 256 * (1 + (batch.reference is not None)) + 32 for batch in batches]
         tokens = sum(len(batch.captions) * length for batch, length in zip(batches, lengths, strict=True))
-        assert train.PROMPT_TOKENS + train.EDIT_TOKENS - sum(lengths) < tokens
+        assert 3070 - sum(lengths) < tokens <= 3070
+        for seen, batch in zip(found, batches, strict=True):
+            seen.add((batch.reference is not None, batch.size))
+    assert found == [{(edit, size) for size in sizes} for edit, sizes in drawn]
 
 
 def test_short_text_is_the_same_text_with_less_padding(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
     tokenizers   from the captions' own words
     autoencoder  pictures to 16 channels of latents and back; latents whitened, the decoder polished
     reading      T5 alone: what do the captions say
-    denoiser     FLUX.1 transformer, CLIP and T5 together; what its steps are made of changes, see `ingredients`
+    denoiser     FLUX.1 transformer, CLIP and T5 together; what its steps are made of changes, see `portions`
 
 Every stage is seeded and resumes where it stopped. Training runs in `--workers` processes of one thread each that
 average their gradients: on few cores this is faster than threads, which wait for each other at every operation. On a
@@ -16,6 +16,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -37,40 +38,35 @@ from .vocabulary import MAX_LENGTH
 from .workers import average_gradients
 
 USUAL = (PICTURE, PICTURE)
-# Per cent of the steps that draw each size (width, height).
-SQUARE = {USUAL: 100.0}
-SIZES = {USUAL: 54.0, (96, 96): 12, (128, 128): 12, (64, 128): 5, (128, 64): 5, (64, 96): 4, (96, 64): 4}
-SIZES |= {(96, 128): 2, (128, 96): 2}
-OTHERS = {size: share for size, share in SIZES.items() if size != USUAL}
+# Shares of sizes, (width, height).
+SQUARE = {USUAL: 1.0}
+OTHER_SIZES = {(96, 96): 0.22, (128, 128): 0.22, (64, 128): 0.12, (128, 64): 0.12, (64, 96): 0.12, (96, 64): 0.12}
+OTHER_SIZES |= {(96, 128): 0.04, (128, 96): 0.04}
 # Kontext is shown a reference at one of its own sizes: scaled down to 64 px, these are those it can come to.
-EDIT_SIZES = {USUAL: 90.0, (48, 80): 2.5, (80, 48): 2.5, (48, 96): 2.5, (96, 48): 2.5}
-PROMPT_TOKENS, EDIT_TOKENS = 920, 2150  # of a step, text included: edits are what takes longest to learn
+EDIT_SIZES = {USUAL: 0.9, (48, 80): 0.025, (80, 48): 0.025, (48, 96): 0.025, (96, 48): 0.025}
 LEARNING_RATE, WARMUP = 2e-3, 100
 FIRST_CHUNKS, GROW_EVERY = 14, 80  # chunks of 256 at the start, and steps between one more of each kind
 
 
-class Ingredients(NamedTuple):
-    """What a step is made of: shares of the prompts' sizes and of the edits' (none: prompts alone), and of times
-    above 0.8."""
+class Portion(NamedTuple):
+    """Samples of one kind in a step: shares of sizes, one of which is drawn, and tokens in all, text included."""
 
-    sizes: dict[tuple[int, int], float]
-    edit_sizes: dict[tuple[int, int], float]
-    early: float
+    edit: bool
+    sizes: Mapping[tuple[int, int], float]
+    tokens: int
 
 
-def ingredients(step: int, args: argparse.Namespace) -> Ingredients:
-    """Four phases. What lies where is learned in a rush, from enough of it in each step, or not at all.
+def portions(step: int, args: argparse.Namespace) -> list[Portion]:
+    """What a step is made of. What lies where is learned all at once, from enough of it in each step, or not at all.
 
-    So it is with 64 px at first, and with every other size when its turn comes; a small share of it in each step
-    teaches neither.
+    So it is with 64 px at first, and with every other size when its turn comes; but a few hundred steps of nothing
+    else cost all that was known of 64 px.
     """
     if step < args.edits_from:
-        return Ingredients(SQUARE, {}, 0.8)
+        return [Portion(False, SQUARE, 3070)]
     if step < args.sizes_from:
-        return Ingredients(SQUARE, SQUARE, 0.4)
-    if step < args.sizes_from + args.sizes_alone:
-        return Ingredients(OTHERS, {}, 0.65)
-    return Ingredients(SIZES, EDIT_SIZES, 0.4)
+        return [Portion(False, SQUARE, 920), Portion(True, SQUARE, 2150)]
+    return [Portion(False, SQUARE, 600), Portion(False, OTHER_SIZES, 770), Portion(True, EDIT_SIZES, 1700)]
 
 
 def times(n: int, noise: torch.Generator, early: float) -> Tensor:
@@ -107,13 +103,9 @@ def velocity_loss(model: Denoiser, predict: nn.Module, batch: Batch, t: Tensor, 
     return mse_loss(velocity.float(), x1 - x0)
 
 
-def micro_batches(pools: dict[tuple, Pool], rng: Random, step: Ingredients) -> list[Batch]:
-    """Prompts and, if the step has any, edits."""
-    kinds = [(False, step.sizes, PROMPT_TOKENS if step.edit_sizes else PROMPT_TOKENS + EDIT_TOKENS)]
-    if step.edit_sizes:
-        kinds.append((True, step.edit_sizes, EDIT_TOKENS))
+def micro_batches(pools: Mapping[tuple, Pool], rng: Random, step: Sequence[Portion]) -> list[Batch]:
     result = []
-    for edit, sizes, tokens in kinds:
+    for edit, sizes, tokens in step:
         width, height = rng.choices(list(sizes), list(sizes.values()))[0]
         n = max(4, tokens // (width * height // 256 * (2 if edit else 1) + MAX_LENGTH))
         result.append(pools[edit, width, height].batch(n, rng))
@@ -143,26 +135,26 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
     autoencoder = load_autoencoder(run / "autoencoder.pt").to(args.device)
     pools = {
         (edit, *size): Pool(run / "latents", autoencoder, edit, *size, seed=args.seed * 100 + rank)
-        for edit, sizes in ((False, SIZES), (True, EDIT_SIZES))
+        for edit, sizes in ((False, [USUAL, *OTHER_SIZES]), (True, EDIT_SIZES))
         for size in sizes
     }
     began, total = time.time(), 0.0
     for step in range(start, args.steps):
-        for (edit, *size), pool in pools.items():
-            shares, size = EDIT_SIZES if edit else SIZES, tuple(size)
-            if size == USUAL:
+        for pool in pools.values():
+            if pool.size == USUAL:
                 pool.grow(FIRST_CHUNKS + step // GROW_EVERY)
             elif step >= args.sizes_from:
-                pool.grow(2 + int(shares[size] * (0.5 + (step - args.sizes_from) / shares[USUAL] / GROW_EVERY)))
+                share = (EDIT_SIZES if pool.edit else OTHER_SIZES)[pool.size]
+                pool.grow(2 + int(share * (FIRST_CHUNKS + (step - args.sizes_from) / GROW_EVERY)))
         rng = Random(f"{args.seed} {step} {rank}")
         noise = torch.Generator().manual_seed(rng.getrandbits(62))
         optimizer.zero_grad()
-        now = ingredients(step, args)
-        batches = micro_batches(pools, rng, now)
+        batches = micro_batches(pools, rng, portions(step, args))
+        samples = sum(len(batch.captions) for batch in batches)
         for batch in batches:
-            t = times(len(batch.captions), noise, now.early).to(args.device)
+            t = times(len(batch.captions), noise, 0.8 if step < args.edits_from else 0.4).to(args.device)
             predict = compiled if args.compile and batch.size == USUAL else model
-            loss = velocity_loss(model, predict, batch, t, noise) / len(batches)
+            loss = velocity_loss(model, predict, batch, t, noise) * len(batch.captions) / samples
             loss.backward()
             total += loss.item()
         average_gradients(parameters)
@@ -227,8 +219,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12_000, help="steps of the denoiser")
     parser.add_argument("--decay", type=int, default=6_000, help="last steps, in which the learning rate falls to 0")
     parser.add_argument("--edits-from", type=int, default=1_000, help="until this step, prompts alone, mostly noise")
-    parser.add_argument("--sizes-from", type=int, default=2_000, help="until this step, 64 px alone")
-    parser.add_argument("--sizes-alone", type=int, default=300, help="and for so many steps, the other sizes alone")
+    parser.add_argument("--sizes-from", type=int, default=4_000, help="until this step, 64 px alone")
     parser.add_argument("--autoencoder-steps", type=int, default=6_000)
     parser.add_argument("--polish-steps", type=int, default=2_000, help="of the decoder alone, on whitened latents")
     parser.add_argument("--reading-steps", type=int, default=1_500)
