@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--polish-steps", type=int, default=2_000, help="of the decoder alone, on whitened latents")
     parser.add_argument("--reading-steps", type=int, default=1_500)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 1 for a GPU")
-    parser.add_argument("--compile", action="store_true", help="a faster transformer; takes minutes, and a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="a faster transformer, after minutes of compiling")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda (default: cpu)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
