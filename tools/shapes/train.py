@@ -60,7 +60,7 @@ def portions(step: int, args: argparse.Namespace) -> list[Portion]:
     """What a step is made of. What lies where is learned all at once, from enough of it in each step, or not at all.
 
     So it is with 64 px at first, and with every other size when its turn comes; but a few hundred steps of nothing
-    else cost all that was known of 64 px.
+    else cost all that was known of 64 px. Edits take longest to learn, so most tokens are theirs.
     """
     if step < args.edits_from:
         return [Portion(False, SQUARE, 3070)]
@@ -84,7 +84,7 @@ def times(n: int, noise: torch.Generator, early: float) -> Tensor:
 def velocity_loss(model: Denoiser, predict: nn.Module, batch: Batch, t: Tensor, noise: torch.Generator) -> Tensor:
     """Flow matching: the velocity of `predict`, `model` itself or compiled, against noise - picture at times `t [B]`.
 
-    Two batches in three have the shortest text length that holds their captions: half of a step's tokens would be
+    Two batches in three have the shortest text length that holds their captions: over a third of the tokens would be
     padding. The rest have all 32, as pipelines do.
     """
     (width, height), x0 = batch.size, batch.target.to(t.device)
@@ -122,7 +122,8 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
     run: Path = args.run
     torch.manual_seed(args.seed)
     model = Denoiser(run / "tokenizers").to(args.device)
-    compiled, parameters = torch.compile(model, dynamic=False), list(model.parameters())
+    at_64 = torch.compile(model, dynamic=False) if args.compile else model
+    parameters = list(model.parameters())
     optimizer = Muon(*matrices(model))
     average, start, path = [p.detach().clone() for p in parameters], 0, run / "denoiser.pt"
     if path.exists():
@@ -153,7 +154,7 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
         samples = sum(len(batch.captions) for batch in batches)
         for batch in batches:
             t = times(len(batch.captions), noise, 0.8 if step < args.edits_from else 0.4).to(args.device)
-            predict = compiled if args.compile and batch.size == USUAL else model
+            predict = at_64 if batch.size == USUAL else model
             loss = velocity_loss(model, predict, batch, t, noise) * len(batch.captions) / samples
             loss.backward()
             total += loss.item()
