@@ -85,13 +85,23 @@ def test_a_step_draws_the_sizes_of_its_phase_and_as_many_tokens(step: int, drawn
     phase = train.portions(step, Namespace(edits_from=10, sizes_from=20))
     found: list[set] = [set() for _ in drawn]
     for seed in range(600):
-        batches = train.micro_batches(pools, Random(seed), phase)
+        rng = Random(seed)
+        batches = [train.micro_batch(pools, rng, portion) for portion in phase]
         lengths = [batch.size[0] * batch.size[1] // 256 * (1 + (batch.reference is not None)) + 32 for batch in batches]
         tokens = sum(len(batch.captions) * length for batch, length in zip(batches, lengths, strict=True))
         assert 3070 - sum(lengths) < tokens <= 3070
         for seen, batch in zip(found, batches, strict=True):
             seen.add((batch.reference is not None, batch.size))
     assert found == [{(edit, size) for size in sizes} for edit, sizes in drawn]
+
+
+def test_the_asked_share_of_times_lies_where_the_prompt_is_read() -> None:
+    noise = torch.Generator().manual_seed(0)
+    plain, early = (train.times(20_000, noise, share) for share in (0.0, 0.65))
+    assert all(t.min() > 0 and t.max() <= 1 for t in (plain, early))
+    # The rest is drawn as ever, and reaches there too.
+    usual = (plain > 0.8).float().mean().item()
+    assert (early > 0.8).float().mean().item() == pytest.approx(0.65 + 0.35 * usual, abs=0.02)
 
 
 def test_short_text_is_the_same_text_with_less_padding(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -49,24 +49,31 @@ FIRST_CHUNKS, GROW_EVERY = 14, 80  # chunks of 256 at the start, and steps betwe
 
 
 class Portion(NamedTuple):
-    """Samples of one kind in a step: shares of sizes, one of which is drawn, and tokens in all, text included."""
+    """Samples of one kind in a step: shares of sizes, one of which is drawn, tokens in all, text included, and the
+    share of times above 0.8."""
 
     edit: bool
     sizes: Mapping[tuple[int, int], float]
     tokens: int
+    early: float
 
 
 def portions(step: int, args: argparse.Namespace) -> list[Portion]:
     """What a step is made of. What lies where is learned all at once, from enough of it in each step, or not at all.
 
-    So it is with 64 px at first, and with every other size when its turn comes; but a few hundred steps of nothing
-    else cost all that was known of 64 px. Edits take longest to learn, so most tokens are theirs.
+    So it is with 64 px at first, and with every other size when its turn comes, mostly at times where it is decided;
+    but a few hundred steps of nothing else cost all that was known of 64 px. Edits take longest to learn, so most
+    tokens are theirs.
     """
     if step < args.edits_from:
-        return [Portion(False, SQUARE, 3070)]
+        return [Portion(False, SQUARE, 3070, 0.8)]
     if step < args.sizes_from:
-        return [Portion(False, SQUARE, 920), Portion(True, SQUARE, 2150)]
-    return [Portion(False, SQUARE, 600), Portion(False, OTHER_SIZES, 770), Portion(True, EDIT_SIZES, 1700)]
+        return [Portion(False, SQUARE, 920, 0.4), Portion(True, SQUARE, 2150, 0.4)]
+    return [
+        Portion(False, SQUARE, 600, 0.4),
+        Portion(False, OTHER_SIZES, 770, 0.65),
+        Portion(True, EDIT_SIZES, 1700, 0.4),
+    ]
 
 
 def times(n: int, noise: torch.Generator, early: float) -> Tensor:
@@ -103,13 +110,10 @@ def velocity_loss(model: Denoiser, predict: nn.Module, batch: Batch, t: Tensor, 
     return mse_loss(velocity.float(), x1 - x0)
 
 
-def micro_batches(pools: Mapping[tuple, Pool], rng: Random, step: Sequence[Portion]) -> list[Batch]:
-    result = []
-    for edit, sizes, tokens in step:
-        width, height = rng.choices(list(sizes), list(sizes.values()))[0]
-        n = max(4, tokens // (width * height // 256 * (2 if edit else 1) + MAX_LENGTH))
-        result.append(pools[edit, width, height].batch(n, rng))
-    return result
+def micro_batch(pools: Mapping[tuple, Pool], rng: Random, portion: Portion) -> Batch:
+    width, height = rng.choices(list(portion.sizes), list(portion.sizes.values()))[0]
+    n = max(4, portion.tokens // (width * height // 256 * (2 if portion.edit else 1) + MAX_LENGTH))
+    return pools[portion.edit, width, height].batch(n, rng)
 
 
 def learning_rate(step: int, steps: int, decay: int) -> float:
@@ -150,10 +154,11 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
         rng = Random(f"{args.seed} {step} {rank}")
         noise = torch.Generator().manual_seed(rng.getrandbits(62))
         optimizer.zero_grad()
-        batches = micro_batches(pools, rng, portions(step, args))
+        parts = portions(step, args)
+        batches = [micro_batch(pools, rng, part) for part in parts]
         samples = sum(len(batch.captions) for batch in batches)
-        for batch in batches:
-            t = times(len(batch.captions), noise, 0.8 if step < args.edits_from else 0.4).to(args.device)
+        for part, batch in zip(parts, batches, strict=True):
+            t = times(len(batch.captions), noise, part.early).to(args.device)
             predict = at_64 if batch.size == USUAL else model
             loss = velocity_loss(model, predict, batch, t, noise) * len(batch.captions) / samples
             loss.backward()
@@ -217,8 +222,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled shapes model.")
     parser.add_argument("--run", type=Path, required=True, help="working folder: checkpoints, latents, log, loss plot")
     parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
-    parser.add_argument("--steps", type=int, default=12_000, help="steps of the denoiser")
-    parser.add_argument("--decay", type=int, default=6_000, help="last steps, in which the learning rate falls to 0")
+    parser.add_argument("--steps", type=int, default=10_500, help="steps of the denoiser")
+    parser.add_argument("--decay", type=int, default=5_500, help="last steps, in which the learning rate falls to 0")
     parser.add_argument("--edits-from", type=int, default=1_000, help="until this step, prompts alone, mostly noise")
     parser.add_argument("--sizes-from", type=int, default=4_000, help="until this step, 64 px alone")
     parser.add_argument("--autoencoder-steps", type=int, default=6_000)
