@@ -1,4 +1,7 @@
-"""How far apart two pictures are, and how sure a share is. Pictures are RGB `[H, W, 3]`, uint8 or floats in 0..1."""
+"""How far apart two pictures or words are, and how sure a share is.
+
+Pictures are RGB `[H, W, 3]`, uint8 or floats in 0..1; two that are compared must have one size.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,16 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]
+
+
 def _unit(picture: Picture) -> Tensor:
     """`[3, H, W]` in 0..1, fp64."""
     array = torch.from_numpy(np.array(picture)).double()
@@ -43,10 +56,19 @@ def _pair(a: Picture, b: Picture) -> tuple[Tensor, Tensor]:
     return _unit(a), _unit(b)
 
 
-def psnr(a: Picture, b: Picture) -> float:
-    """Peak signal-to-noise ratio in dB; infinite for equal pictures."""
+def psnr(a: Picture, b: Picture, mask: NDArray[np.bool_] | None = None) -> float:
+    """Peak signal-to-noise ratio in dB over the pixels of `mask [H, W]`, or all; infinite where they are equal.
+
+    Raises:
+        ValueError: the pictures have different sizes, or there is no pixel to compare.
+    """
     x, y = _pair(a, b)
-    error = (x - y).square().mean().item()
+    squares = (x - y).square()
+    if mask is not None:
+        squares = squares[:, torch.from_numpy(mask)]
+    if not squares.numel():
+        raise ValueError("expected pixels to compare, got none")
+    error = squares.mean().item()
     return 10 * math.log10(1 / error) if error else math.inf
 
 
@@ -84,11 +106,16 @@ def ssim(a: Picture, b: Picture) -> float:
 
 
 def ms_ssim(a: Picture, b: Picture) -> float:
-    """Multi-scale SSIM of the luma; as many of the five scales as leave 11 pixels, their weights scaled to sum 1."""
+    """Multi-scale SSIM of the luma; as many of the five scales as leave 11 pixels, their weights scaled to sum 1.
+
+    Raises:
+        ValueError: a side is below 11 pixels.
+    """
     x, y = (_gray(t) for t in _pair(a, b))
-    scales = min(len(MS_SSIM_WEIGHTS), 1 + int(math.log2(min(x.shape[2:]) / 11)))
-    if scales < 1:
+    side = min(x.shape[2:])
+    if side < 11:
         raise ValueError(f"MS-SSIM needs at least 11 pixels a side, got {list(a.shape)}")
+    scales = min(len(MS_SSIM_WEIGHTS), 1 + int(math.log2(side / 11)))
     weights = [w / sum(MS_SSIM_WEIGHTS[:scales]) for w in MS_SSIM_WEIGHTS[:scales]]
     result = 1.0
     for scale, weight in enumerate(weights):

@@ -18,11 +18,13 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxkiln.bench import metrics
 from fluxkiln.bench.shapes_scene import (
     COLORS,
     FONT,
     LETTER_CELL,
     LETTER_DOT,
+    OUTLINE_SCALE,
     SHAPES,
     STRIPES,
     THING_STRIPE,
@@ -44,6 +46,7 @@ SHAPE_OVERLAP = 0.80  # intersection over union with the ideal outline, at least
 RADIUS_RATIO = 1.16  # halfway (in logarithms) to the next size
 PLACE = 0.09  # of the sides: less than halfway to the next of the nine cells
 UNCHANGED_PSNR = 30.0  # dB, of what an edit should have left alone
+MARGIN = 1 / 32  # of the shorter side, between a change and what should be as it was
 
 _NAMES = list(COLORS)
 _PALETTE = np.array([COLORS[name] for name in _NAMES], np.float32)
@@ -65,7 +68,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was right. `checks` has an entry for each attribute that the scene asks for."""
+    """What was right. `checks` has an entry for each attribute that the scene asks for.
+
+    `unchanged_psnr` (dB) is of an edit's pixels that should be as they were: infinite if they are, None if there are
+    none or nothing was edited.
+    """
 
     checks: dict[str, bool]
     background: Background | None
@@ -351,7 +358,8 @@ def read_word(pixels: Pixels, background: Background) -> tuple[str, str | None]:
     ink_pixels = distance > 60
     if not ink_pixels.any():
         return "", None
-    strong = pixels[distance >= np.quantile(distance[ink_pixels], 0.6)].astype(np.float32)
+    # A dot that lies between pixels has few of its own colour: four in sixteen at 96 pixels a side.
+    strong = pixels[distance >= np.quantile(distance[ink_pixels], 0.8)].astype(np.float32)
     votes = np.linalg.norm(strong[:, None] - _PALETTE, axis=-1).argmin(-1)
     color = int(np.bincount(votes, minlength=len(_NAMES)).argmax())
     way = _PALETTE[color] - ground
@@ -394,16 +402,6 @@ def _dots(total: NDArray[np.floating], left: float, top: float, dot: float) -> N
     xs, ys = np.clip(xs, 0, total.shape[1] - 1), np.clip(ys, 0, total.shape[0] - 1)
     sums = np.diff(np.diff(total[np.ix_(ys, xs)], axis=0), axis=1)
     return sums / np.maximum(np.diff(ys)[:, None] * np.diff(xs), 1)
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        previous, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return row[-1]
 
 
 # -- verdicts -------------------------------------------------------------------------------------------------------
@@ -492,44 +490,56 @@ def judge_without(pixels: Pixels, scene: Scene, color: str) -> Verdict:
 
 
 def unchanged(before: Scene, after: Scene, height: int, width: int) -> Mask:
-    """The pixels that an edit from `before` to `after` should leave alone, a margin around every change left out."""
-    side = min(height, width)
+    """The pixels `[H, W]` that an edit from `before` to `after` should leave alone, without those near a change.
 
-    def cover(things: set[Thing], grow: float) -> Mask:
-        mask = np.zeros((height, width), bool)
-        for t in things:
-            radius = t.radius * side + grow
-            if grow > 0:
-                ys, xs = np.mgrid[:height, :width] + 0.5
-                mask |= np.hypot(xs - t.x * width, ys - t.y * height) <= 1.35 * t.radius * side + grow
-            else:
-                mask |= _coverage(outline(t.shape, t.x * width, t.y * height, radius), height, width) == 1
-        return mask
-
-    a, b = set(before.things), set(after.things)
-    margin = side / 32
-    changed = cover(a ^ b, margin)
+    On a new background these are the insides of the things that stay, and of outlined ones the line. There are none
+    where no thing stays, or where a line is too thin for a pixel within it.
+    """
+    a, b, none = set(before.things), set(after.things), np.zeros((height, width), bool)
+    changed = np.any([none, *(_around(thing, height, width) for thing in a ^ b)], axis=0)
     if before.background == after.background:
         return ~changed
-    return cover({t for t in a & b if t.style != "outlined"}, -margin) & ~changed
+    return np.any([none, *(_inside(thing, height, width) for thing in a & b)], axis=0) & ~changed
 
 
-def psnr(a: Pixels, b: Pixels, mask: Mask) -> float:
-    """Peak signal-to-noise ratio in dB over the pixels of a mask; infinite where they are equal."""
-    if not mask.any():
-        return math.inf
-    error = float(np.square(a[mask].astype(np.float64) - b[mask]).mean())
-    return 10 * math.log10(255**2 / error) if error else math.inf
+def _around(thing: Thing, height: int, width: int) -> Mask:
+    """A disc in which the thing lies, with a margin."""
+    side = min(height, width)
+    ys, xs = np.mgrid[:height, :width] + 0.5
+    return np.hypot(xs - thing.x * width, ys - thing.y * height) <= (1.35 * thing.radius + MARGIN) * side
+
+
+def _inside(thing: Thing, height: int, width: int) -> Mask:
+    """What the thing alone paints: its rim mixes with what is behind it. Of an outline's line, half is left."""
+
+    def cover(radius: float) -> NDArray[np.float32]:
+        corners = outline(thing.shape, thing.x * width, thing.y * height, radius * min(height, width))
+        return _coverage(corners, height, width)
+
+    if thing.style != "outlined":
+        return cover(max(thing.radius - MARGIN, 0)) == 1
+    hole = thing.radius * OUTLINE_SCALE
+    rim = min(MARGIN, (thing.radius - hole) / 4)
+    return (cover(thing.radius - rim) == 1) & (cover(hole + rim) == 0)
 
 
 def judge_edit(source: Pixels, pixels: Pixels, before: Scene, after: Scene) -> Verdict:
     """`judge`, the PSNR of what should not have changed (`unchanged`), which must reach 30 dB, and `identity`.
 
-    `identity` is that the first thing is there as asked for, wherever it is and whatever else may be wrong.
+    `identity` is that the first thing is there as asked for, wherever it is and whatever else may be wrong. Where
+    nothing is to be left alone there is no check of it.
+
+    Args:
+        source: the picture that was edited, `[H, W, 3]` like `pixels`.
+
+    Raises:
+        ValueError: the two have different sizes.
     """
     verdict = judge(pixels, after)
-    value = psnr(source, pixels, unchanged(before, after, *pixels.shape[:2]))
-    checks = {**verdict.checks, "unchanged": value >= UNCHANGED_PSNR}
+    checks, kept, value = dict(verdict.checks), unchanged(before, after, *pixels.shape[:2]), None
+    if kept.any():
+        value = metrics.psnr(source, pixels, kept)
+        checks["unchanged"] = value >= UNCHANGED_PSNR
     if after.things:
         checks["identity"] = any(all(_looks(found, after.things[0]).values()) for found in verdict.things)
-    return Verdict(checks, verdict.background, verdict.things, verdict.word, value)
+    return replace(verdict, checks=checks, unchanged_psnr=value)

@@ -29,6 +29,18 @@ def test_psnr_of_known_errors() -> None:
     assert metrics.psnr(a, a + 1) == pytest.approx(20 * math.log10(255))
 
 
+def test_psnr_within_a_mask() -> None:
+    a, b = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)
+    mask = np.zeros((8, 8), bool)
+    mask[2:4, :5] = True
+    b[3, 4] = 10
+    b[7] = 200  # outside
+    assert metrics.psnr(a, b, mask) == pytest.approx(20 * math.log10(255 / 10) + 10 * math.log10(10))
+    assert metrics.psnr(a, a, mask) == math.inf
+    with pytest.raises(ValueError, match="pixels to compare"):
+        metrics.psnr(a, b, np.zeros((8, 8), bool))
+
+
 def maps(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """SSIM and its contrast and structure alone, by scipy's filter."""
 
@@ -92,6 +104,13 @@ def test_flip_as_nvidias_evaluator_has_it(per_degree: float, expected: float) ->
 
 
 @pytest.mark.parametrize(
+    ("a", "b", "distance"), [("KILN", "KILN", 0), ("KILN", "KLN", 1), ("", "AB", 2), ("FOX", "BOX", 1)]
+)
+def test_edit_distance(a: str, b: str, distance: int) -> None:
+    assert metrics.edit_distance(a, b) == distance
+
+
+@pytest.mark.parametrize(
     ("k", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)]
 )
 def test_wilson_interval(k: int, n: int, low: float, high: float) -> None:
@@ -102,5 +121,11 @@ def test_wilson_interval(k: int, n: int, low: float, high: float) -> None:
 def test_sizes_must_agree() -> None:
     with pytest.raises(ValueError, match="of one size"):
         metrics.psnr(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9, 3), np.uint8))
-    with pytest.raises(ValueError, match="at least 11"):
-        metrics.ssim(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize("similarity", [metrics.ssim, metrics.ms_ssim])
+def test_the_window_must_fit(similarity: metrics.Metric) -> None:
+    assert similarity(np.zeros((11, 40, 3)), np.zeros((11, 40, 3))) == pytest.approx(1)
+    for side in (4, 6, 10):
+        with pytest.raises(ValueError, match=r"SSIM needs at least 11 pixels a side, got \[\d+, 40, 3\]"):
+            similarity(np.zeros((side, 40, 3)), np.zeros((side, 40, 3)))

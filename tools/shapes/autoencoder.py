@@ -15,10 +15,11 @@ from torch.nn.functional import l1_loss
 from fluxkiln.autoencoder import Autoencoder
 from fluxkiln.bench.shapes_scene import Scene
 
+from . import workers
 from .data import pixels, training_sample
 from .model import AUTOENCODER
 from .muon import Muon
-from .workers import average_gradients, save
+from .workers import average_gradients
 
 # (width, height, pictures a step); the first is drawn more often than all others together
 _SIZES = ((64, 64, 8), (96, 96, 4), (64, 128, 4), (128, 64, 4), (128, 128, 2), (96, 64, 5))
@@ -78,7 +79,7 @@ def train(
 
     With `encoder_from`, start from that autoencoder and leave its encoder, and so every latent there is, as it was.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # the first weights; what a step draws is decided by its number
     model, config, began = Autoencoder(AUTOENCODER).to(device), AUTOENCODER, time.time()
     if encoder_from is not None:
         model.load_state_dict(torch.load(encoder_from, map_location=device))
@@ -95,17 +96,15 @@ def train(
     total, peak = 0.0, 1.5e-3 if encoder_from else 3e-3
     for step in range(start, steps):
         rng = Random(f"{seed} {path.stem} {step} {rank}")
+        noise = torch.Generator().manual_seed(rng.getrandbits(62))
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         picture = _pictures(rng).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             mean, _ = model.encode_moments(picture)
-            spread = (
-                _NOISE
-                * mean.detach().float().std((0, 2, 3), keepdim=True)
-                * torch.rand(len(mean), 1, 1, 1, device=device)
-            )
-            raw = mean + spread * torch.randn_like(mean)
+            strength = _NOISE * torch.rand(len(mean), 1, 1, 1, generator=noise).to(device)
+            spread = strength * mean.detach().float().std((0, 2, 3), keepdim=True)
+            raw = mean + spread * torch.randn(mean.shape, generator=noise).to(device)
             again = model.decode((raw - config.shift_factor) * config.scaling_factor).float()
         size = 5e-5 * mean.float().square().mean()  # keeps the latents from growing away from the noise
         error = l1_loss(again, picture)
@@ -125,11 +124,11 @@ def train(
         if done % 100 == 0:
             log(stage=path.stem, step=done, loss=total / 100, seconds=time.time() - began)
             total = 0.0
-        if done % 200 == 0 and done < steps:
+        if done % workers.SAVE_EVERY == 0 and done < steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": done}
-            save(state, partial)
+            workers.save(state, partial)
     if rank == 0:
-        save(average, path)
+        workers.save(average, path)
         partial.unlink(missing_ok=True)
 
 

@@ -1,7 +1,7 @@
 """Random scenes and edits, and the sentences that describe them.
 
 `text_to_image(rng)` gives (caption, scene), `edit(rng)` gives (instruction, scene before, scene after). Both draw the
-whole world, held-out combinations included; `keep(...)` tells training and benchmark apart.
+whole world, held-out combinations included; `Sample.held_out` tells training and benchmark apart.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def describe_background(rng: Random, background: Background) -> str:
     return rng.choice((f"a gradient from {a} to {b}", f"a {a} to {b} gradient background"))
 
 
-def describe_thing(rng: Random, thing: Thing, size: bool = True, color: bool = True, style: bool = True) -> str:
+def describe_thing(thing: Thing, size: bool = True, color: bool = True, style: bool = True) -> str:
     """A noun phrase without article: adjectives and the shape."""
     words = [thing.size] if size else []
     if style and thing.style != "plain":
@@ -129,14 +129,14 @@ def caption_of(rng: Random, scene: Scene, complete: bool = False) -> str:
         return _sentence(rng, background or "a background")
     first = scene.things[0]
     if scene.relation:
-        a, b = (describe_thing(rng, t, size=scene.relation != "inside" and say(0.7)) for t in scene.things)
+        a, b = (describe_thing(t, size=scene.relation != "inside" and say(0.7)) for t in scene.things)
         relation = rng.choice(RELATION_WORDS[scene.relation])
         subject = f"{_article(a)} {relation} {_article(b)}"
     elif len(scene.things) > 1:
         number = rng.choice(NUMBERS[len(scene.things)])
-        subject = f"{number} {describe_thing(rng, first, size=say(0.7))}{'es' if first.shape == 'cross' else 's'}"
+        subject = f"{number} {describe_thing(first, size=say(0.7))}{'es' if first.shape == 'cross' else 's'}"
     else:
-        noun = describe_thing(rng, first, size=say(0.7))
+        noun = describe_thing(first, size=say(0.7))
         if say(0.8):
             place = rng.choice(PLACES[first.cell])
             forms = [f"{_article(noun)} {place}{on}", f"{_article(noun)}{on}, {place}"]
@@ -170,10 +170,10 @@ def _style(rng: Random, shape: str, radius: float) -> str:
     return rng.choice(choices)
 
 
-def random_thing(rng: Random, taken: tuple[str, ...], cell: str | None = None) -> Thing:
-    """A thing in a colour that is not `taken`, in `cell` or anywhere."""
+def random_thing(rng: Random, taken: tuple[str, ...]) -> Thing:
+    """A thing in a colour that is not `taken`, in any of the nine cells."""
     shape, size = rng.choice(SHAPES), rng.choice(list(SIZES))
-    thing = Thing.of(shape, _color_for(rng, *taken), size, cell or rng.choice(list(CELLS)))
+    thing = Thing.of(shape, _color_for(rng, *taken), size, rng.choice(list(CELLS)))
     return thing.replace(style=_style(rng, shape, thing.radius))
 
 
@@ -262,7 +262,7 @@ def _edit(rng: Random, kind: str) -> Sample:
     before = _jitter(rng, before)
     thing, rest = before.things[0], before.things[1:]
     colored = rng.random() < 0.5
-    name = f"the {describe_thing(rng, thing, size=False, color=colored, style=False)}"
+    name = f"the {describe_thing(thing, size=False, color=colored, style=False)}"
     if kind == "recolor":
         color = _color_for(rng, *background.colors, *(t.color for t in before.things))
         after = before.replace(things=(thing.replace(color=color), *rest))
@@ -282,8 +282,7 @@ def _edit(rng: Random, kind: str) -> Sample:
                 break
         after = before.replace(things=(*before.things, new))
         forms = [
-            f"{verb} {_article(describe_thing(rng, new))} {rng.choice(PLACES[new.cell])}"
-            for verb in ("add", "put", "draw")
+            f"{verb} {_article(describe_thing(new))} {rng.choice(PLACES[new.cell])}" for verb in ("add", "put", "draw")
         ]
     elif kind == "move":
         cell = rng.choice([c for c in CELLS if c != thing.cell])
@@ -304,9 +303,7 @@ def _edit(rng: Random, kind: str) -> Sample:
         after = before.replace(background=new_background)
         phrase = describe_background(rng, new_background)
         same = (
-            "the same picture"
-            if rest
-            else f"the same {describe_thing(rng, thing, size=False, color=colored, style=False)}"
+            "the same picture" if rest else f"the same {describe_thing(thing, size=False, color=colored, style=False)}"
         )
         forms = [
             f"change the background to {phrase}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -17,6 +18,7 @@ from . import captions
 from .model import pack
 from .workers import save
 
+CHUNK = 256  # samples that are made and kept together
 COMPLETE = 0.6  # of the captions leave nothing to chance: what is left open is noise in every gradient
 
 
@@ -48,38 +50,38 @@ class Pool:
     """A growing collection of samples of one kind and size: scenes, and the latents of their pictures in bf16.
 
     Args:
-        folder: where chunks are kept; a chunk is decided by `seed`, its number and the kind alone.
+        folder: where chunks of latents are kept, each under a digest of its scenes and the encoder's weights: those of
+            other scenes, because the captions' code has changed since, are never taken for them.
+        autoencoder: its encoder makes the latents.
         edit: edits, with the latents of the reference beside those of the target.
+        width, height: of the pictures, in pixels.
+        seed: decides the samples, together with kind, size and a chunk's number.
     """
 
     def __init__(self, folder: Path, autoencoder: Autoencoder, edit: bool, width: int, height: int, seed: int) -> None:
-        self.folder, self.autoencoder, self.edit, self.size, self.seed = (
-            folder,
-            autoencoder,
-            edit,
-            (width, height),
-            seed,
-        )
+        self.folder, self.autoencoder, self.edit, self.seed = folder, autoencoder, edit, seed
+        self.size = width, height
         self.samples: list[captions.Sample] = []
-        self.latents: list[Tensor] = []  # chunks of [n, 1 or 2, L, 64]
-        self.chunk = 0
+        self.latents: list[Tensor] = []  # chunks of [CHUNK, 1 or 2, L, 64]
+        weights = autoencoder.encoder.state_dict().values()
+        self.encoder = hashlib.sha256(b"".join(weight.cpu().numpy().tobytes() for weight in weights)).hexdigest()
 
-    def grow(self, chunks: int, chunk: int = 256) -> None:
+    def grow(self, chunks: int) -> None:
         """Make or load chunks until there are `chunks` of them."""
         for number in range(len(self.latents), chunks):
             kind = "edit" if self.edit else "text"
             rng = Random(f"{self.seed} {kind} {self.size} {number}")
-            samples = [training_sample(rng, self.edit) for _ in range(chunk)]
-            path = self.folder / f"{kind}-{self.size[0]}x{self.size[1]}-{self.seed}-{number}.pt"
+            samples = [training_sample(rng, self.edit) for _ in range(CHUNK)]
+            scenes = [s.scene for s in samples] + [s.before for s in samples if s.before]
+            digest = hashlib.sha256(repr((self.encoder, scenes)).encode()).hexdigest()[:16]
+            path = self.folder / f"{kind}-{self.size[0]}x{self.size[1]}-{digest}.pt"
             if not path.exists():
-                scenes = [s.scene for s in samples] + [s.before for s in samples if s.before]
                 latents = torch.cat([self._encode(scenes[i : i + 64]) for i in range(0, len(scenes), 64)])
-                latents = latents.unflatten(0, (-1, chunk)).transpose(0, 1).contiguous()
+                latents = latents.unflatten(0, (-1, CHUNK)).transpose(0, 1).contiguous()
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save(latents, path)
             self.samples += samples
             self.latents.append(torch.load(path))
-            self.chunk = chunk
 
     def _encode(self, scenes: list[Scene]) -> Tensor:
         # Not under no_grad, in which the autoencoder would take its pictures one by one.
@@ -97,7 +99,7 @@ class Pool:
         texts, targets, references, strengths = [], [], [], []
         for _ in range(n):
             i = rng.randrange(len(self.samples))
-            latents = self.latents[i // self.chunk][i % self.chunk].float()
+            latents = self.latents[i // CHUNK][i % CHUNK].float()
             guidance = rng.uniform(0, 2) if rng.random() < 0.2 else rng.uniform(2, 6)
             told = self.samples[i]
             ignore = rng.random() < max(0.0, 1 - guidance / 2) ** 2

@@ -84,7 +84,7 @@ def _turn(rng: Random, kind: str, before: Scene) -> Sample | None:
     elif kind == "add":
         shape, size = rng.choice([s for s in SHAPES if s != thing.shape]), rng.choice(("small", "medium"))
         new = Thing.of(shape, rng.choice(free), size, rng.choice(list(CELLS)))
-        text = f"add a {captions.describe_thing(rng, new)} {captions.PLACES[new.cell][0]}"
+        text = f"add a {captions.describe_thing(new)} {captions.PLACES[new.cell][0]}"
         if thing.size != "large" and captions.apart(new, thing):
             after = before.replace(things=(thing, new))
     else:
@@ -102,7 +102,7 @@ def negatives(seed: int = 2026) -> list[tuple[Sample, str]]:
         color = list(COLORS)[len(result) % len(COLORS)]
         thing = sample.scene.things[0]
         if sample.held_out and color not in thing.colors:
-            text = f"a {captions.describe_thing(rng, thing)} {captions.PLACES[thing.cell][0]}"
+            text = f"a {captions.describe_thing(thing)} {captions.PLACES[thing.cell][0]}"
             result.append((Sample("negative", text, sample.scene), color))
     return result
 

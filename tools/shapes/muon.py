@@ -45,8 +45,12 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Args:
-    parameters: those named by `hidden` are matrices or convolutions inside the network; the rest get AdamW.
+    """One optimizer for all parameters of a network.
+
+    Args:
+        hidden: matrices `[m, n]` and convolutions `[m, n, h, w]` inside it, for Muon.
+        other: the rest, for AdamW.
+        lr: one learning rate for both.
     """
 
     def __init__(self, hidden: Iterable[nn.Parameter], other: Iterable[nn.Parameter], lr: float = 1e-3) -> None:

@@ -17,11 +17,11 @@ from torch.nn.functional import cross_entropy
 
 from fluxkiln.bench.shapes_scene import CELLS, COLORS, FONT, RELATIONS, SHAPES, SIZES, STYLES, Thing
 
-from . import captions
+from . import captions, workers
 from .data import training_sample
 from .model import Denoiser
 from .muon import Muon, matrices
-from .workers import average_gradients, save
+from .workers import average_gradients
 
 BATCH = 128  # captions of a step and worker
 LEARNING_RATE = 2e-3
@@ -130,13 +130,20 @@ def train(
     rank: int, run: Path, out: Path, steps: int, seed: int, device: torch.device, log: Callable[..., None]
 ) -> None:
     """One worker's loop; worker 0 writes the state of a T5 that can read to `out`."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # the first weights; what a step draws is decided by its number
     model = Denoiser(run / "tokenizers").to(device)
     reader = Reader(model.t5.config.d_model).to(device)
     hidden, other = matrices(model.t5)
     optimizer = Muon(hidden, [*other, *reader.parameters()])
-    parameters, total = [*model.t5.parameters(), *reader.parameters()], 0.0
-    for step in range(steps):
+    both, start, total = nn.ModuleList([model.t5, reader]), 0, 0.0
+    parameters = list(both.parameters())
+    partial = out.with_suffix(".partial")
+    if partial.exists():
+        state = torch.load(partial, map_location=device)
+        both.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    for step in range(start, steps):
         rng = Random(f"{seed} reading {step} {rank}")
         samples = [training_sample(rng, edit=i % 2 == 1) for i in range(BATCH)]
         optimizer.zero_grad()
@@ -149,9 +156,15 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 50, 2 * (1 - step / steps))
         optimizer.step()
+        if rank:
+            continue
+        done = step + 1
         total += right
-        if rank == 0 and (step + 1) % 50 == 0:
-            log(stage="reading", step=step + 1, loss=loss.item(), right=total / 50)
+        if done % 50 == 0:
+            log(stage="reading", step=done, loss=loss.item(), right=total / 50)
             total = 0.0
+        if done % workers.SAVE_EVERY == 0 and done < steps:
+            workers.save({"model": both.state_dict(), "optimizer": optimizer.state_dict(), "step": done}, partial)
     if rank == 0:
-        save(model.t5.state_dict(), out)
+        workers.save(model.t5.state_dict(), out)
+        partial.unlink(missing_ok=True)

@@ -143,7 +143,7 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
         for edit, sizes in ((False, [USUAL, *OTHER_SIZES]), (True, EDIT_SIZES))
         for size in sizes
     }
-    began, total = time.time(), 0.0
+    began, total, logged = time.time(), 0.0, start
     for step in range(start, args.steps):
         for pool in pools.values():
             if pool.size == USUAL:
@@ -173,9 +173,9 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
             continue
         done = step + 1
         if done % 50 == 0 or done == args.steps:
-            log(run, stage="denoiser", step=done, loss=total / min(50, done - start), seconds=time.time() - began)
-            total = 0.0
-        if done % 200 == 0 or done == args.steps:
+            log(run, stage="denoiser", step=done, loss=total / (done - logged), seconds=time.time() - began)
+            total, logged = 0.0, done
+        if done % workers.SAVE_EVERY == 0 or done == args.steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": done}
             workers.save(state, path)
             workers.save(average, run / f"average-{done:06}.pt")
@@ -235,8 +235,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
-    if not (args.run / "tokenizers").exists():
-        save_tokenizers(args.run / "tokenizers")
+    if not (tokenizers := args.run / "tokenizers").exists():
+        save_tokenizers(unfinished := args.run / "tokenizers.writing")
+        unfinished.rename(tokenizers)
     train_autoencoder(args)
     if not (t5 := args.run / "t5.pt").exists():
         log_here = partial(log, args.run)

@@ -22,15 +22,15 @@ MAX_LENGTH = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def corpus(n: int = 20_000, seed: int = 0) -> list[str]:
+def corpus() -> list[str]:
     """Captions and instructions, with the quoted words taken out."""
-    rng = Random(seed)
+    rng = Random(0)
     makers = (captions.text_to_image, captions.edit)
-    return [re.sub(r'"\w+"', '""', makers[i % 2](rng).caption) for i in range(n)]
+    return [re.sub(r'"\w+"', '""', makers[i % 2](rng).caption) for i in range(20_000)]
 
 
-def save_clip(folder: Path, texts: list[str]) -> int:
-    """Write vocab.json, merges.txt and configuration as CLIP's tokenizer has them; return the vocabulary's size."""
+def save_clip(folder: Path, texts: list[str]) -> None:
+    """Write vocab.json, merges.txt and configuration as CLIP's tokenizer has them."""
     tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     pattern = Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
@@ -51,11 +51,10 @@ def save_clip(folder: Path, texts: list[str]) -> int:
     CLIPTokenizer(
         vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=MAX_LENGTH
     ).save_pretrained(folder)
-    return len(pieces)
 
 
-def save_t5(folder: Path, texts: list[str]) -> int:
-    """Write tokenizer.json and configuration as T5's tokenizer has them; return the vocabulary's size."""
+def save_t5(folder: Path, texts: list[str]) -> None:
+    """Write tokenizer.json and configuration as T5's tokenizer has them."""
     words = Counter(word for text in texts for word in re.findall(r"\w+", text))
     total = sum(words.values())
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
@@ -64,4 +63,3 @@ def save_t5(folder: Path, texts: list[str]) -> int:
     pieces += [(f"▁{c}", -14.0) for c in string.ascii_letters + string.digits]
     pieces += [("▁", -10.0), *((c, -20.0) for c in string.printable.strip())]
     T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_LENGTH).save_pretrained(folder)
-    return len(pieces)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing, nn
 
+SAVE_EVERY = 200  # steps between two states of a stage, from which it goes on when it was stopped
+
 
 def run(function: Callable[..., None], workers: int, folder: Path, *args: Any) -> None:
     """Call `function(rank, *args)` in `workers` processes."""
