@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,8 @@ from fluxkiln.bench.fidelity import fidelity
 from fluxkiln.bench.image import Settings
 from fluxkiln.bench.suite import Item
 from fluxkiln.files import write_text
-from fluxkiln.kernels.recipe import BY_NORM, BY_TILE, Recipe, Rule
+from fluxkiln.kernels.recipe import BY_NORM, BY_TILE, Recipe, rules
+from fluxkiln.select import choose
 
 if TYPE_CHECKING:
     from fluxkiln.pipeline import Pipeline
@@ -40,9 +41,9 @@ KINDS = {
 }
 
 
-def latents(pipe: Pipeline, items: Sequence[Item], settings: Settings) -> list[Tensor]:
-    """Final latents `[L, C]` of each item in fp64."""
-    outputs = (image.request(pipe, item, settings, output_type="latent") for item in items)
+def latents(pipe: Pipeline, items: Sequence[Item], settings: Settings, made: Path | None = None) -> list[Tensor]:
+    """Final latents `[L, C]` of each item in fp64; `made` is the folder of pictures that they may follow."""
+    outputs = (image.request(pipe, item, settings, made, output_type="latent") for item in items)
     return [output.images[0].double() for output in outputs]
 
 
@@ -64,22 +65,25 @@ def relative_errors(results: Sequence[Tensor], truths: Sequence[Tensor]) -> floa
     return statistics.median(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
 
-def step_errors(pipe: Pipeline, model: str, items: Sequence[Item], settings: Settings) -> dict[str, float]:
+def step_errors(
+    pipe: Pipeline, model: str, items: Sequence[Item], settings: Settings, made: Path | None = None
+) -> dict[str, float]:
     """How far one and four steps end from those of eager in bf16, from identical noise: medians over the items.
 
     Args:
         pipe: left with that transformer, so that two of them never share the memory.
         model: what its transformer was opened from.
+        made: folder of pictures that the items may follow.
     """
     import torch
 
     import fluxkiln
 
     device, runs = pipe.device, {n: replace(settings, steps=n) for n in (1, 4)}
-    found = {n: latents(pipe, items, run) for n, run in runs.items()}
+    found = {n: latents(pipe, items, run, made) for n, run in runs.items()}
     pipe.transformer = None
     pipe.transformer = fluxkiln.load_transformer(model, backend="eager", device=device, dtype=torch.bfloat16)
-    return {f"{n} steps": relative_errors(found[n], latents(pipe, items, run)) for n, run in runs.items()}
+    return {f"{n} steps": relative_errors(found[n], latents(pipe, items, run, made)) for n, run in runs.items()}
 
 
 def ablate(
@@ -88,16 +92,14 @@ def ablate(
     load: Callable[[Recipe], Transformer],
     items: Sequence[Item],
     settings: Settings,
-    tell: Callable[[dict[str, Any]], object] = lambda row: None,
-) -> list[dict[str, Any]]:
-    """A row for the unquantised model and one for each recipe.
+) -> Iterator[dict[str, Any]]:
+    """A row for the unquantised model and one for each recipe, each as soon as it is measured.
 
     Args:
         pipe: left with the last recipe's transformer: only one at a time is in memory.
         load: makes a recipe's transformer.
-        tell: gets each row as soon as there is one.
     """
-    first, rows = replace(settings, steps=1), list[dict[str, Any]]()
+    first = replace(settings, steps=1)
     one, all_steps = latents(pipe, items, first), list[Tensor]()
     with tempfile.TemporaryDirectory() as scratch:
         truth = Path(scratch) / "unquantised"
@@ -117,19 +119,13 @@ def ablate(
                 row |= fidelity(folder, truth)
             if judged := [verdict for verdict in image.measure(items, folder) if "ok" in verdict]:
                 row |= {"right": sum(verdict["ok"] for verdict in judged), "of": len(judged)}
-            rows.append(row)
-            tell(row)
-    return rows
+            yield row
 
 
-def recipes(formats: Sequence[str], scale: str = "row") -> dict[str, Recipe]:
-    """A recipe for each format and kind of layer; `scale` is of inputs that are written by a fused product."""
-    found = {}
-    for form in formats:
-        for kind, patterns in KINDS.items():
-            rules = tuple((p, Rule(form, scale if p in BY_TILE else "row")) for p in patterns)
-            found[f"{form} {kind}"] = Recipe(f"{form} {kind}", rules)
-    return found
+def recipes(formats: Sequence[str]) -> dict[str, Recipe]:
+    """A recipe for each format and kind of layer."""
+    names = {f"{form} {kind}": (form, patterns) for form in formats for kind, patterns in KINDS.items()}
+    return {name: Recipe(name, tuple(rules(*what))) for name, what in names.items()}
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -143,16 +139,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     image.add_model_arguments(parser)
     parser.add_argument("--guidance", type=float, help="distilled guidance (default: the model's)")
     parser.add_argument("--format", nargs="+", default=["fp8", "nvfp4"], choices=["fp8", "nvfp4"])
-    parser.add_argument("--scale", default="row", choices=["row", "bound"], help="of inputs behind a fused product")
     parser.add_argument("--out", type=Path, help="JSON file to write")
 
 
 def run(args: argparse.Namespace) -> int:
     items = image.select(args)
+    if args.precision not in image.DTYPES:
+        wanted = " or ".join(image.DTYPES)
+        raise ValueError(f"ablate quantises by itself: --precision must be {wanted}, got {args.precision!r}")
+    if args.backend == "trt":
+        raise ValueError("ablate changes the recipe, and an engine has one: take --backend eager or triton")
+    if turn := next((item.id for item in items if item.follows), None):
+        raise ValueError(f"ablate makes every picture from the same input: {turn} follows another, leave it out")
 
     import fluxkiln
 
-    pipe = fluxkiln.Pipeline.from_pretrained(args.model, **image.model_options(args))
+    pipe, planned = fluxkiln.Pipeline.from_pretrained(args.model, **image.model_options(args)), recipes(args.format)
+    model = pipe.transformer
+    for recipe in planned.values():  # a refusal now, not after hours
+        choose(args.backend, model.config, recipe, model.device, model.dtype)
 
     def load(recipe: Recipe) -> Any:
         options = image.model_options(args)
@@ -162,16 +167,19 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print(f"{'quantised':24} " + " ".join(f"{cell:>9}" for cell in heading))
     settings = Settings(args.steps, args.guidance, args.seed)
-    tell = (lambda row: None) if args.json else (lambda row: print(_line(row), flush=True))
-    rows = ablate(pipe, recipes(args.format, args.scale), load, items, settings, tell)
     results: dict[str, Any] = {"suite": args.suite, "model": args.model, "items": len(items), **asdict(settings)}
     if args.model == "shapes":
         results["note"] = image.SHAPES_NOTE
-    results["rows"] = rows
+    results["rows"] = []
+
+    for row in ablate(pipe, planned, load, items, settings):
+        results["rows"].append(row)
+        if args.out:
+            write_text(args.out, json.dumps(results, indent=1) + "\n")
+        if not args.json:
+            print(_line(row), flush=True)
     if args.json:
         print(json.dumps(results))
     elif "note" in results:
         print(results["note"])
-    if args.out:
-        write_text(args.out, json.dumps(results, indent=1) + "\n")
     return 0

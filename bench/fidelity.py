@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from fluxkiln.bench import learned, metrics
 from fluxkiln.bench.metrics import Metric
+from fluxkiln.images import open_picture, rgb
 
 METRICS: dict[str, Metric] = {
     "psnr": metrics.psnr,
@@ -30,22 +31,23 @@ LINE, LETTER = 12, 6  # height and width of a caption's letter, pixels
 
 def read(path: Path) -> np.ndarray:
     """A picture `[H, W, 3]`, uint8."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    return np.asarray(rgb(open_picture(path)))
 
 
-def shared(a: Path, b: Path, names: Collection[str] | None = None) -> list[tuple[str, Path, Path]]:
-    """(name, picture of a, picture of b) for every name, or of these `names`, that both folders or their `images` have.
+def shared(*folders: Path, names: Collection[str] | None = None) -> dict[str, list[Path]]:
+    """The pictures of each name, or of these `names`, that all folders or their `images` have, in their order.
 
     Raises:
         ValueError: there is none.
     """
-    folders = [path / "images" if (path / "images").is_dir() else path for path in (a, b)]
-    found = [{p.stem: p for p in sorted(f.glob("*")) if p.suffix.lower() in SUFFIXES} for f in folders]
-    both = [name for name in found[0] if name in found[1] and (names is None or name in names)]
-    if not both:
-        raise ValueError(f"{a} and {b} have no picture of the same name")
-    return [(name, found[0][name], found[1][name]) for name in both]
+    insides = [path / "images" if (path / "images").is_dir() else path for path in folders]
+    found = [{p.stem: p for p in sorted(f.glob("*")) if p.suffix.lower() in SUFFIXES} for f in insides]
+    common = [name for name in found[0] if all(name in pictures for pictures in found)]
+    result = {name: [pictures[name] for pictures in found] for name in common if names is None or name in names}
+    if not result:
+        asked = "" if names is None else " of this run"
+        raise ValueError(f"{' and '.join(map(str, folders))} have no picture{asked} of the same name")
+    return result
 
 
 def fidelity(
@@ -63,7 +65,7 @@ def fidelity(
         ValueError: they share none, or two of one name have different sizes.
     """
     scores: dict[str, list[float]] = {name: [] for name in (*METRICS, *(extra or {}))}
-    for name, a, b in shared(folder, reference, names):
+    for name, (a, b) in shared(folder, reference, names=names).items():
         x, y = read(a), read(b)
         if x.shape != y.shape:
             sizes = f"{x.shape[1]} x {x.shape[0]} and {y.shape[1]} x {y.shape[0]}"
@@ -81,24 +83,29 @@ def line(name: str, scores: Mapping[str, float | None]) -> str:
     return f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in scores.items() if value is not None)
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], side: int = 128) -> Image.Image:
-    """One picture to look at: captions, each above its pictures side by side."""
-    count = max(len(pictures) for _, pictures in rows)
+def contact_sheet(pictures: Iterable[tuple[str, Iterable[Image.Image]]], side: int = 128) -> Image.Image:
+    """One picture to look at: captions, each above its pictures side by side; of these, one is in memory at a time."""
+    rows = [(caption, [_shrunk(picture, side) for picture in several]) for caption, several in pictures]
+    count = max(len(several) for _, several in rows)
     columns = max(1, SHEET_COLUMNS // count)
     cell, head = count * (side + 2) + 6, 2 * LINE + 4
     tall = side + head + 2
     sheet = Image.new("RGB", (columns * cell, -(-len(rows) // columns) * tall), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (caption, pictures) in enumerate(rows):
+    for i, (caption, several) in enumerate(rows):
         x, y = i % columns * cell, i // columns * tall
         lines = textwrap.wrap(caption, cell // LETTER - 1, max_lines=2, placeholder=" ...")
         pen.text((x + 2, y + 2), "\n".join(lines), fill="black")
-        for j, picture in enumerate(pictures):
-            scale = side / max(picture.size)
-            size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-            smooth = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-            sheet.paste(picture.resize(size, smooth), (x + 2 + j * (side + 2), y + head))
+        for j, picture in enumerate(several):
+            sheet.paste(picture, (x + 2 + j * (side + 2), y + head))
     return sheet
+
+
+def _shrunk(picture: Image.Image, side: int) -> Image.Image:
+    scale = side / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    smooth = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    return rgb(picture).resize(size, smooth)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,13 +119,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     extra = {"lpips": learned.lpips(args.lpips)} if args.lpips else None
-    results = {"fidelity": fidelity(args.a, args.b, extra)}
+    pictures = shared(args.a, args.b, *([args.floor] if args.floor else []))
+    results = {"fidelity": fidelity(args.a, args.b, extra, pictures)}
     if args.floor:
-        results["noise_floor"] = fidelity(args.floor, args.b, extra)
+        results["noise_floor"] = fidelity(args.floor, args.b, extra, pictures)
     if args.sheet:
         sides = (args.a, args.b) if args.a.name == args.b.name else (args.a.name, args.b.name)
-        pairs = ((f"{name}: {sides[0]} | {sides[1]}", (read(a), read(b))) for name, a, b in shared(args.a, args.b))
-        contact_sheet([(caption, list(map(Image.fromarray, both))) for caption, both in pairs]).save(args.sheet)
+        rows = ((f"{name}: {sides[0]} | {sides[1]}", map(open_picture, files[:2])) for name, files in pictures.items())
+        contact_sheet(rows).save(args.sheet)
     if args.json:
         print(json.dumps(results))
     else:

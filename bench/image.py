@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -34,6 +35,7 @@ from fluxkiln.bench.fidelity import contact_sheet, read
 from fluxkiln.bench.suite import Item
 from fluxkiln.cli import pixels
 from fluxkiln.files import write_text
+from fluxkiln.images import rgb
 
 if TYPE_CHECKING:
     from fluxkiln.pipeline import Output, Pipeline
@@ -72,6 +74,8 @@ def request(pipe: Pipeline, item: Item, settings: Settings, made: Path | None = 
     return pipe(
         item.prompt,
         image=item.source(pipe.side, made),
+        mask_image=item.mask,
+        control_image=item.control,
         width=item.width,
         height=item.height,
         seed=settings.seed + item.number if item.seed is None else item.seed,
@@ -162,15 +166,17 @@ def _judged(item: Item, pixels: np.ndarray, made: Path) -> dict[str, Any]:
     elif source is None or item.before is None:
         verdict = shapes_judge.judge(pixels, item.scene)
     else:
-        verdict = shapes_judge.judge_edit(np.asarray(source), pixels, item.before, item.scene)
-        row["unchanged_psnr"] = verdict.unchanged_psnr
+        verdict = shapes_judge.judge_edit(np.asarray(rgb(source)), pixels, item.before, item.scene)
+        psnr = verdict.unchanged_psnr
+        if psnr is not None:
+            row["unchanged_psnr"] = psnr if math.isfinite(psnr) else None  # equal; JSON has no infinity
     if item.text is not None:
         row |= _spelt(verdict.word or "", item.text)
     return row | {"ok": verdict.ok, "checks": verdict.checks}
 
 
 def _spelt(found: str, text: str) -> dict[str, Any]:
-    distance = shapes_judge.edit_distance(found, text)
+    distance = metrics.edit_distance(found, text)
     return {"read": found, "edit_distance": distance, "ok": not distance, "checks": {"word": not distance}}
 
 
@@ -240,16 +246,20 @@ def table(summary: dict[str, dict[str, Any]]) -> str:
 
 def sweep_table(summaries: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Shares that are all right: a row for each setting, a column for each category."""
+
+    def cell(entry: dict[str, Any] | None) -> str:
+        return f"{entry['right'] / entry['n']:10.1%}" if entry else f"{'-':>10}"
+
     categories = list(dict.fromkeys(category for summary in summaries.values() for category in summary))
     first = max(map(len, summaries), default=0)
     lines = [" ".join([" " * first, *(f"{category:>10}" for category in categories)])]
     for name, summary in summaries.items():
-        cells = (f"{entry['right'] / entry['n']:10.1%}" for entry in map(summary.get, categories) if entry)
-        lines.append(" ".join([f"{name:{first}}", *cells]))
+        lines.append(" ".join([f"{name:{first}}", *map(cell, map(summary.get, categories))]))
     return "\n".join(lines)
 
 
-def _pictures(item: Item, folder: Path, side: int) -> list[Image.Image]:
+def pictures(item: Item, folder: Path, side: int) -> list[Image.Image]:
+    """An item's picture of a run, after the one to edit if there is one; `side` is that of a drawn one."""
     source, made = item.source(side, folder / "images"), Image.fromarray(read(folder / "images" / f"{item.id}.png"))
     return [made] if source is None else [source, made]
 
@@ -287,7 +297,7 @@ def select(args: argparse.Namespace) -> list[Item]:
     """The items of the suite that the arguments ask for.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or none of a category that is named.
     """
     items, counts = [], dict[str, int]()
     for item in suite.load(args.suite):
@@ -297,8 +307,10 @@ def select(args: argparse.Namespace) -> list[Item]:
             if args.size and item.width is item.height is None:
                 item = replace(item, width=args.size[0], height=args.size[1])
             items.append(item)
-    if not items:
-        raise ValueError(f"nothing to make: the suite has the categories {', '.join(counts)}")
+    missing = [category for category in args.category or () if category not in counts]
+    if missing or not items:
+        what = f"no category {missing[0]!r}" if missing else "nothing to make"
+        raise ValueError(f"{what}: the suite has the categories {', '.join(counts)}")
     return items
 
 
@@ -343,8 +355,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{wanted} with one --guidance and one --true-cfg-scale")
     if args.floor and not args.reference:
         raise ValueError("--floor is how far another run is from the --reference: give both")
-    if args.peer and args.step_errors:
-        raise ValueError("--step-errors are of our own backends, not of a --peer")
+    if args.peer and (args.step_errors or args.dtype or args.gpu_hour_price):
+        raise ValueError("--step-errors, --dtype and --gpu-hour-price are of our own backends, not of a --peer")
+    if args.peer and any(item.mask or item.control for item in items):
+        raise ValueError("a --peer makes pictures from prompts and references, not from a mask or control picture")
+    if args.reference:
+        fidelity.shared(*_others(args), names=[item.id for item in items])
     readers = Readers(
         learned.tesseract() if args.ocr else None,
         learned.image_reward(args.image_reward) if args.image_reward else None,
@@ -402,26 +418,33 @@ def _one(
     }
     if rewards := [row["image_reward"] for row in rows if "image_reward" in row]:
         results["image_reward"] = statistics.mean(rewards)
-    names = [item.id for item in items]  # the folder may hold more, of an earlier run
     if args.reference:
+        # The folder may hold more, of an earlier run.
+        names = fidelity.shared(folder, *_others(args), names=[item.id for item in items])
         results["fidelity"] = fidelity.fidelity(folder, args.reference, extra, names)
     if args.floor:
         results["noise_floor"] = fidelity.fidelity(args.floor, args.reference, extra, names)
     if args.step_errors:
         from fluxkiln.bench import ablation
 
-        results["step_errors"] = ablation.step_errors(pipe, args.model, items[: args.step_errors], settings)
+        some = items[: args.step_errors]
+        results["step_errors"] = ablation.step_errors(pipe, args.model, some, settings, folder / "images")
     if args.model == "shapes":
         results["note"] = SHAPES_NOTE
-    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     if args.sheet:
         captions = (
             item.prompt if row.get("ok", True) else f"WRONG {item.prompt}"
             for item, row in zip(items, rows, strict=True)
         )
-        pictures = (_pictures(item, folder, pipe.side) for item in items)
-        contact_sheet(list(zip(captions, pictures, strict=True))).save(args.sheet)
+        shown = (pictures(item, folder, pipe.side) for item in items)
+        contact_sheet(zip(captions, shown, strict=True)).save(args.sheet)
     return results
+
+
+def _others(args: argparse.Namespace) -> list[Path]:
+    """What a run is compared with."""
+    return [path for path in (args.reference, args.floor) if path]
 
 
 def _print(args: argparse.Namespace, results: dict[str, Any]) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -16,8 +17,10 @@ from torch import Tensor
 from fluxkiln import images
 from fluxkiln.checkpoint import diffusers_tensors
 from fluxkiln.config import FluxConfig
+from fluxkiln.foreign import Part as PartName
 from fluxkiln.hub import resolve
 from fluxkiln.load import default_device
+from fluxkiln.opening import part
 from fluxkiln.record import pixel_digest, versions
 
 
@@ -53,7 +56,7 @@ def diffusers_velocity(model: Callable[..., Any], x: Mapping[str, Tensor | None]
 class DiffusersPipeline:
     """diffusers' own pipeline called like ours, for the requests of an image benchmark: the noise floor of a run.
 
-    Its record has what the benchmark reads: the request, versions, and no timings.
+    Its record has what the benchmark reads: the request, the model's parts, versions, and no timings.
 
     Args:
         model: bundled model, diffusers folder or hub name.
@@ -64,8 +67,16 @@ class DiffusersPipeline:
         from diffusers import DiffusionPipeline
 
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        self.model, self.device = model, default_device(device)
-        self.pipe = DiffusionPipeline.from_pretrained(resolve(model), dtype=dtype).to(self.device)
+        folder, self.device = resolve(model), default_device(device)
+        # What every picture is made by.
+        self.made_by = {
+            "backend": "diffusers",
+            "precision": precision,
+            "device": str(self.device),
+            "parts": [asdict(part(name, folder, model)) for name in get_args(PartName)],
+            "versions": {**versions(self.device), "diffusers": version("diffusers")},
+        }
+        self.pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.side = self.pipe.vae.config.sample_size
         self.length = min(512, self.pipe.tokenizer_2.model_max_length)
@@ -86,6 +97,7 @@ class DiffusersPipeline:
         call = {name: value for name, value in options.items() if value is not None}
         usual = (self.side, self.side)
         if image is not None:
+            image = images.rgb(image)
             usual = images.kontext_size(*image.size, self.side)
             call |= {"image": images.resize(image, usual), "_auto_resize": False}
         call |= {"width": width or usual[0], "height": height or usual[1], "max_sequence_length": self.length}
@@ -93,10 +105,9 @@ class DiffusersPipeline:
             call["max_area"] = call["width"] * call["height"]
         asked = {name: value for name, value in call.items() if name != "image"} | {"prompt": prompt, "seed": seed}
         record = {
-            "model": self.model,
+            **self.made_by,
             "request": asked,
             "pictures": [] if image is None else [pixel_digest(image)],
-            "versions": {**versions(self.device), "diffusers": version("diffusers")},
         }
         text = json.dumps(record, sort_keys=True)
         made = []

@@ -1,8 +1,8 @@
 """The little world of the bundled "shapes" model: what a scene is, how it is drawn, and which scenes are held out.
 
 A scene is data (`Scene`, `Thing`, `Background`), everything about it is relative to the picture's sides, so one scene
-can be drawn at any size and aspect ratio. Training (`tools/shapes`) and the benchmark share this description and
-nothing else; the judge (`shapes_judge.py`) measures pixels and never calls `draw`.
+can be drawn at any size and aspect ratio. Training (`tools/shapes`) and the benchmark share this description; the
+judge (`shapes_judge.py`) measures pixels and never calls `draw`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ CELLS: dict[str, tuple[float, float]] = {  # centre (x over width, y over height
     for r, row in enumerate(("top", "", "bottom"))
     for c, column in enumerate(("left", "", "right"))
 }
+BACKGROUNDS = ("plain", "striped", "gradient")
 STYLES = ("plain", "striped", "outlined")
 RELATIONS = ("left of", "right of", "above", "below", "inside")
 RELATION_CELLS = {
@@ -53,7 +54,7 @@ COUNT_CENTERS: dict[int, tuple[tuple[float, float], ...]] = {
 OUTLINE_SCALE = 0.55  # inner over outer radius of an outlined thing
 STRIPES = 8  # of a striped background, across the width
 THING_STRIPE = 1 / 16  # height of a stripe of a striped thing, over the shorter side
-HELD_OUT = 10  # one combination in this many is never trained on
+HELD_OUT = 10  # one combination in this many is asked for by no prompt or edit of the training
 _SUPERSAMPLING = 4
 
 # 5 x 7 capitals, one row of five bits per line, most significant bit on the left.
@@ -153,8 +154,27 @@ class Scene:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scene:
+        """What `to_dict` made.
+
+        Raises:
+            ValueError: a name that this world does not have.
+            KeyError, TypeError: another key, or none, where one is wanted.
+        """
         things = tuple(Thing(**thing) for thing in data.get("things", ()))
-        return cls(**{**data, "background": Background(**data["background"]), "things": things})
+        scene = cls(**{**data, "background": Background(**data["background"]), "things": things})
+        colors = (*scene.background.colors, scene.word_color or "black", *(thing.color for thing in things))
+        for what, names, known in (
+            ("kind of background", [scene.background.kind], BACKGROUNDS),
+            ("color", colors, COLORS),
+            ("shape", [thing.shape for thing in things], SHAPES),
+            ("style", [thing.style for thing in things], STYLES),
+            ("relation", [scene.relation or RELATIONS[0]], RELATIONS),
+            ("letter", scene.word or "", FONT),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
+        return scene
 
     @property
     def legible(self) -> bool:
@@ -177,7 +197,10 @@ class Scene:
 
 
 def held_out(combination: str) -> bool:
-    """True for one combination in `HELD_OUT`: these never occur in training, and the benchmark uses no others."""
+    """True for one combination in `HELD_OUT`: no caption of the training asks for these, the benchmark for no others.
+
+    What an edit in training starts from or ends in may be a scene that is held out of the prompts.
+    """
     return int.from_bytes(hashlib.sha256(combination.encode()).digest()[:8], "big") % HELD_OUT == 0
 
 

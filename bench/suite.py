@@ -4,11 +4,12 @@ Our format has one object per line:
 
     {"id": "pair-017", "category": "pair", "prompt": "a red star above a white cross on a blue background"}
 
-Optional keys: `image` (picture to edit, a path relative to the file), `follows` (edit the picture made for the item
-with that id, which comes earlier), `text` (words the picture must show), `negative_prompt` (used where true
-classifier-free guidance is on), `width`, `height`, `seed`; and for the bundled world `scene` and `before` (see
-`shapes_scene.Scene.to_dict`), from which the judge measures and, unless it `follows`, the picture to edit is drawn,
-and `without` (the prompt leaves the background open, and it must not have this colour).
+Optional keys: `image` (picture to edit), `mask` (its white part is painted) and `control` (edges or depth), paths
+relative to the file; `follows` (edit the picture made for the item with that id, which comes earlier), `text` (words
+the picture must show), `negative_prompt` (used where true classifier-free guidance is on), `width`, `height`, `seed`;
+and for the bundled world `scene` and `before` (see `shapes_scene.Scene.to_dict`), from which the judge measures and,
+unless it `follows`, the picture to edit is drawn, and `without` (the prompt leaves the background open, and it must
+not have this colour).
 
 A KontextBench folder has a `metadata.jsonl` with `file_name`, `instruction`, `category` and `key` on every line.
 """
@@ -22,9 +23,23 @@ from typing import Any
 
 from PIL import Image
 
-from fluxkiln.bench.shapes_scene import Scene, draw
+from fluxkiln import images
+from fluxkiln.bench.shapes_scene import COLORS, Scene, draw
 
 BUNDLED = Path(__file__).parent / "suites"
+REQUIRED: dict[str, tuple[type, ...]] = {"id": (str, int), "category": (str,), "prompt": (str,)}
+KONTEXT: dict[str, tuple[type, ...]] = {
+    "key": (str, int),
+    "category": (str,),
+    "instruction": (str,),
+    "file_name": (str,),
+}
+FILES = ("image", "mask", "control")
+OPTIONAL: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys((*FILES, "follows", "text", "negative_prompt", "without"), (str,)),
+    **dict.fromkeys(("width", "height", "seed"), (int,)),
+    **dict.fromkeys(("scene", "before"), (dict,)),
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,8 @@ class Item:
     category: str
     prompt: str
     image: Path | None = None
+    mask: Path | None = None
+    control: Path | None = None
     follows: str | None = None
     text: str | None = None
     negative_prompt: str | None = None
@@ -51,7 +68,7 @@ class Item:
         return not (self.image is None and self.follows is None and self.before is None)
 
     def source(self, side: int = 64, made: Path | None = None) -> Image.Image | None:
-        """The picture to edit, None for text to image.
+        """The picture to edit as its file has it, with its own mode and rotation; None for text to image.
 
         Args:
             side: of a drawn one, unless the item says its width and height.
@@ -61,13 +78,12 @@ class Item:
             ValueError: the picture that it follows has not been made.
         """
         path = self.image
-        if self.follows is not None and made is not None:
-            path = made / f"{self.follows}.png"
-            if not path.is_file():
+        if self.follows is not None:
+            path = None if made is None else made / f"{self.follows}.png"
+            if path is None or not path.is_file():
                 raise ValueError(f"{self.id} edits the picture of {self.follows}, which is not made: select both")
         if path is not None:
-            with Image.open(path) as picture:
-                return picture.convert("RGB")
+            return images.open_picture(path)
         return None if self.before is None else draw(self.before, self.width or side, self.height or side)
 
 
@@ -101,10 +117,11 @@ def load(name: str | Path) -> list[Item]:
             raise ValueError(f"{path}, line {number}: {reason}") from None
     known = set[str]()
     for item in items:
-        if Path(item.id).name != item.id:
+        if not item.id or Path(item.id).name != item.id:
             raise ValueError(f"{path}: the id {item.id!r} is no name for a file")
-        if item.image is not None and not item.image.is_file():
-            raise ValueError(f"{path}: {item.id} edits {item.image}, which is not there")
+        for file in filter(None, (item.image, item.mask, item.control)):
+            if not file.is_file():
+                raise ValueError(f"{path}: {item.id} needs {file}, which is not there")
         if item.id in known:
             raise ValueError(f"{path}: two items have the same id {item.id!r}")
         if item.follows is not None and item.follows not in known:
@@ -113,11 +130,24 @@ def load(name: str | Path) -> list[Item]:
     return items
 
 
-def _item(data: dict[str, Any], folder: Path) -> Item:
+def _item(data: Any, folder: Path) -> Item:
+    if not isinstance(data, dict):
+        raise ValueError(f"expected an object with the keys {', '.join(REQUIRED)}, got {data!r}")
     if "instruction" in data:
-        return Item(str(data["key"]), data["category"], data["instruction"], folder / data["file_name"])
-    scenes = {k: Scene.from_dict(data[k]) for k in ("scene", "before") if data.get(k)}
-    image = folder / data["image"] if data.get("image") else None
-    keys = ("follows", "text", "negative_prompt", "width", "height", "seed", "without")
-    rest = {key: data[key] for key in keys if key in data}
-    return Item(str(data["id"]), data["category"], data["prompt"], image, **rest, **scenes)
+        found = _checked(data, KONTEXT)
+        return Item(str(found["key"]), found["category"], found["instruction"], folder / found["file_name"])
+    if unknown := [key for key in data if key not in REQUIRED | OPTIONAL]:
+        raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(REQUIRED | OPTIONAL)}")
+    found = _checked(data, REQUIRED | {key: kinds for key, kinds in OPTIONAL.items() if data.get(key) is not None})
+    if found.get("without", "red") not in COLORS:
+        raise ValueError(f"without must be one of {', '.join(COLORS)}, got {found['without']!r}")
+    found |= {key: folder / found[key] for key in FILES if key in found}
+    found |= {key: Scene.from_dict(found[key]) for key in ("scene", "before") if key in found}
+    return Item(**found | {"id": str(found["id"])})
+
+
+def _checked(data: dict[str, Any], wanted: dict[str, tuple[type, ...]]) -> dict[str, Any]:
+    for key, kinds in wanted.items():
+        if not isinstance(data[key], kinds) or isinstance(data[key], bool):
+            raise ValueError(f"{key} must be {' or '.join(kind.__name__ for kind in kinds)}, got {data[key]!r}")
+    return {key: data[key] for key in wanted}

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -162,11 +162,12 @@ class Recipe:
         return "\n  ".join((f"recipe {self.name}: attention {self.attention}, others dense", *lines))
 
 
-def _all(
-    format: Literal["fp8", "nvfp4"], patterns: Iterable[str] = (*BY_NORM, *BY_TILE), **options: Any
+def rules(
+    format: Literal["fp8", "nvfp4"], patterns: Iterable[str] = (*BY_NORM, *BY_TILE)
 ) -> Iterator[tuple[str, Rule]]:
+    """Rules that quantise linears to a format, with scales that a kernel knows when it writes their inputs."""
     for pattern in patterns:
-        yield pattern, Rule(format, "row" if pattern in BY_NORM else "bound", **options)
+        yield pattern, Rule(format, "row" if pattern in BY_NORM else "bound")
 
 
 RECIPES = {
@@ -174,12 +175,12 @@ RECIPES = {
     for recipe in (
         Recipe("fp32"),
         Recipe("bf16"),
-        Recipe("fp8", tuple(_all("fp8"))),
+        Recipe("fp8", tuple(rules("fp8"))),
         Recipe(
             "nvfp4",
             (
-                *_all("nvfp4", (*BY_NORM[1:], *BY_TILE[1:])),
-                *_all("fp8", BY_NORM[:1]),
+                *rules("nvfp4", (*BY_NORM[1:], *BY_TILE[1:])),
+                *rules("fp8", BY_NORM[:1]),
             ),
         ),
     )

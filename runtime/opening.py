@@ -69,7 +69,7 @@ def open_parts(files: Mapping[str, str | Path | None], **options: Any) -> Parts:
     model = load_transformer(whole, **options)
     assert model.loaded is not None
     names: tuple[PartName, ...] = ("transformer", "vae", "clip", "t5")
-    identities = [_part(name, paths[name], files[name] or main) for name in names]
+    identities = [part(name, paths[name], files[name] or main) for name in names]
     if tokenizers is not None:
         source = _source(files["tokenizers"] or main)
         identities.append(Part("tokenizers", source, "tokenizers", _digest(tokenizers)))
@@ -87,7 +87,8 @@ def open_parts(files: Mapping[str, str | Path | None], **options: Any) -> Parts:
     )
 
 
-def _part(name: PartName, path: Path, given: str | Path) -> Part:
+def part(name: PartName, path: Path, given: str | Path) -> Part:
+    """What a record says of one part of a model: the part in `path`, which was `given` by that name."""
     located = locate(path, name)
     return Part(name, _source(given), located.kind.name, located.identity)
 

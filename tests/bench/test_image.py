@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fluxkiln
-from fluxkiln.bench import fidelity, image, suite
+from fluxkiln.bench import ablation, fidelity, image, suite
 from fluxkiln.bench.shapes_scene import Background, Scene, Thing, draw
 from fluxkiln.cli import main
+from fluxkiln.config import FluxConfig
+from fluxkiln.kernels import backend, registry
 
 BENCH = ["bench", "image"]
 SCENE = Scene(Background("plain", "blue"), (Thing.of("star", "red", "large"),))
@@ -40,6 +43,7 @@ class Painter:
     """
 
     side = 64
+    transformer: Any = None
 
     def __init__(self, wrong: str = "", version: str = "1") -> None:
         self.wrong, self.version, self.calls = wrong, version, list[dict[str, Any]]()
@@ -47,7 +51,7 @@ class Painter:
     def __call__(self, prompt: str, dry_run: bool = False, callback: object = None, **options: Any) -> Any:
         source = options.pop("image")
         seen = None if source is None else hashlib.sha256(source.tobytes()).hexdigest()
-        key = json.dumps([self.version, self.wrong, prompt, seen, options], sort_keys=True)
+        key = json.dumps([self.version, self.wrong, prompt, seen, options], sort_keys=True, default=str)
         timings = {"text": 0.1, "encode": 0.0, "modulate": 0.1, "steps": [0.2, 0.3], "decode": 0.1, "total": 1.0}
         record = SimpleNamespace(key=key, to_json=lambda: json.dumps({"timings": timings, "backend": "painter"}))
         if dry_run:
@@ -140,6 +144,8 @@ def test_a_turn_needs_the_one_before(painter: Painter, tmp_path: Path, capsys: p
     path = suite_file(tmp_path, TURNS)
     assert main([*BENCH, "--suite", str(path), "--category", "turn 2", "--out", str(tmp_path / "run")]) == 1
     assert "t-2 edits the picture of t-1, which is not made" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="t-2 edits the picture of t-1, which is not made"):
+        TURNS[1].source()  # and never what its scene would look like
 
 
 def test_a_wrong_picture_counts_as_wrong(tmp_path: Path) -> None:
@@ -166,6 +172,9 @@ def test_a_sweep_makes_a_run_for_each_value(
     assert negatives == [None, None, None, "green", "green", "green"] * 2
     assert main([*BENCH, "--suite", str(path), "--guidance", "1", "2", "--floor", str(out)]) == 1
     assert "go with one --guidance" in capsys.readouterr().err
+    right = {"n": 2, "right": 1}
+    rows = image.sweep_table({"a": {"single": right, "pair": right}, "b": {"pair": right}}).splitlines()
+    assert rows[2].split() == ["b", "-", "50.0%"]
 
 
 def test_an_items_own_negative_prompt_counts_first() -> None:
@@ -240,6 +249,68 @@ def test_fidelity_is_of_this_runs_pictures(
     assert main([*BENCH, *one]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["fidelity"]["n"] == results["noise_floor"]["n"] == 1
+    made = len(painter.calls)
+    (tmp_path / "other").mkdir()
+    for other in ("typo", "other"):  # said before anything is made
+        options = ["--reference", str(tmp_path / "run"), "--floor", str(tmp_path / other)]
+        assert main([*BENCH, "--suite", command[1], "--out", str(tmp_path / "new"), *options]) == 1
+        assert f"{tmp_path / other} have no picture of this run of the same name" in capsys.readouterr().err
+    assert len(painter.calls) == made
+
+
+def test_the_noise_floor_is_of_the_same_pictures(
+    painter: Painter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, items in (("a", ITEMS[:1]), ("b", ITEMS), ("floor", ITEMS)):
+        image.make(Painter(ITEMS[1].prompt if name == "floor" else ""), items, tmp_path / name, image.Settings())
+    folders = [str(tmp_path / name) for name in ("a", "b")]
+    capsys.readouterr()
+    assert main([*BENCH, "compare", *folders, "--floor", str(tmp_path / "floor"), "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    # The floor's wrong picture is not in a.
+    assert results["fidelity"]["n"] == results["noise_floor"]["n"] == results["noise_floor"]["equal"] == 1
+
+
+def test_results_are_json_where_nothing_else_changed(painter: Painter, tmp_path: Path) -> None:
+    """The PSNR of equal pixels is infinite, which JSON does not know."""
+    assert main([*BENCH, "--suite", str(suite_file(tmp_path, ITEMS)), "--out", str(tmp_path / "run")]) == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    rows = json.loads((tmp_path / "run" / "results.json").read_text(), parse_constant=refuse)["items"]
+    assert rows[1]["checks"]["unchanged"]
+    assert rows[1]["unchanged_psnr"] is None
+
+
+def test_pictures_are_read_as_the_pipeline_reads_them(tmp_path: Path) -> None:
+    """Transparent parts over white, upright."""
+    picture, exif = Image.new("RGBA", (4, 2), (0, 0, 0, 0)), Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    picture.save(tmp_path / "a.png", exif=exif)
+    assert fidelity.read(tmp_path / "a.png").tolist() == np.full((4, 2, 3), 255).tolist()
+    painter = Painter()
+    item = suite.Item("a", "edit", "a fox", image=tmp_path / "a.png")
+    image.request(painter, item, image.Settings())
+    assert (painter.calls[0]["image"].mode, painter.calls[0]["image"].filename) == ("RGBA", str(tmp_path / "a.png"))
+    sheet = np.asarray(fidelity.contact_sheet([("a", [painter.calls[0]["image"]])], side=64))
+    assert (sheet[-60:] == 255).all()
+
+
+def test_masks_and_control_pictures_reach_the_pipeline(painter: Painter, tmp_path: Path) -> None:
+    for name in ("a", "m", "c"):
+        draw(SCENE).save(tmp_path / f"{name}.png")
+    lines = [
+        {"id": 1, "category": "fill", "prompt": "a fox", "image": "a.png", "mask": "m.png"},
+        {"id": 2, "category": "canny", "prompt": "a fox", "control": "c.png"},
+    ]
+    path = tmp_path / "suite.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    fill, canny = suite.load(path)
+    for item in (fill, canny):
+        image.request(painter, item, image.Settings())
+    asked = [(call["mask_image"], call["control_image"], call["image"] is None) for call in painter.calls]
+    assert asked == [(tmp_path / "m.png", None, False), (None, tmp_path / "c.png", True)]
 
 
 def test_kontextbench_folder(painter: Painter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,7 +336,19 @@ def test_kontextbench_folder(painter: Painter, tmp_path: Path, capsys: pytest.Ca
         ('{"id": 1, "category": "a", "prompt": "x"}\n{"id": 1, "category": "a", "prompt": "y"}', "same id '1'"),
         ('{"id": 1, "category": "a", "prompt": "x", "follows": "0"}', "1 follows '0', which no earlier line has"),
         ('{"id": "../1", "category": "a", "prompt": "x"}', "the id '../1' is no name for a file"),
-        ('{"id": 1, "category": "a", "prompt": "x", "image": "a.png"}', "1 edits .*a.png, which is not there"),
+        ('{"id": 1, "category": "a", "prompt": "x", "image": "a.png"}', "1 needs .*a.png, which is not there"),
+        ('{"id": 1, "category": "a", "prompt": "x", "mask": "m.png"}', "1 needs .*m.png, which is not there"),
+        ("[1, 2]", "expected an object with the keys id, category, prompt, got"),
+        ('{"id": "", "category": "a", "prompt": "x"}', "the id '' is no name for a file"),
+        ('{"id": 1, "category": "a", "prompt": 7}', "prompt must be str, got 7"),
+        ('{"id": 1, "category": "a", "prompt": "x", "seed": "y"}', "seed must be int, got 'y'"),
+        ('{"id": 1, "category": "a", "prompt": "x", "txt": "y"}', "unknown key 'txt'; known are id, category"),
+        ('{"id": 1, "category": "a", "prompt": "x", "without": "pink"}', "without must be one of red, .*'pink'"),
+        ('{"key": 1, "category": "a", "instruction": "x", "file_name": null}', "file_name must be str, got None"),
+        (
+            '{"id": 1, "category": "a", "prompt": "x", "scene": {"background": {"kind": "plain", "color": "pink"}}}',
+            "color must be one of red, .* got 'pink'",
+        ),
     ],
 )
 def test_broken_suites_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -281,6 +364,47 @@ def test_a_folder_hides_no_bundled_suite(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "shapes" / "metadata.jsonl").write_text('{"id": 1, "category": "a", "prompt": "mine"}\n')
     assert len(suite.load("shapes")) > 1000
     assert [item.prompt for item in suite.load("./shapes")] == ["mine"]
+
+
+def test_a_category_that_is_not_there_is_said(
+    painter: Painter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*BENCH, "--suite", str(suite_file(tmp_path, ITEMS)), "--category", "single", "zebra"]) == 1
+    assert "no category 'zebra': the suite has the categories single, recolor, free" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--dtype", "fp32"], ["--gpu-hour-price", "2"], ["--step-errors", "1"]])
+def test_a_peer_refuses_what_it_would_ignore(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*BENCH, "--peer", "diffusers", *options]) == 1
+    assert "are of our own backends, not of a --peer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--precision", "fp8"], "--precision must be fp32 or bf16, got 'fp8'"),
+        (["--backend", "trt"], "an engine has one: take --backend eager or triton"),
+        (["--suite", "shapes-turns"], "sequence-00-2 follows another, leave it out"),
+    ],
+)
+def test_an_ablation_has_one_truth(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*BENCH, "ablate", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("format", "arch"), [("fp8", 89), ("fp8", 90), ("nvfp4", 100), ("nvfp4", 120)])
+def test_triton_runs_what_an_ablation_quantises(monkeypatch: pytest.MonkeyPatch, format: str, arch: int) -> None:
+    monkeypatch.setattr(registry, "unavailable", lambda device: None)
+    monkeypatch.setattr(backend, "native_arch", lambda device: arch)
+    for recipe in ablation.recipes([format]).values():
+        assert registry.refuse_model(128, 3072, recipe, torch.device("cpu"), torch.bfloat16) is None
+
+
+def test_an_ablation_that_cannot_end_does_not_begin(painter: Painter, capsys: pytest.CaptureFixture[str]) -> None:
+    painter.transformer = SimpleNamespace(config=FluxConfig(), device=torch.device("cpu"), dtype=torch.float32)
+    assert main([*BENCH, "ablate", "--backend", "triton", "--limit", "1"]) == 1
+    assert "backend triton: the kernels compute in bfloat16" in capsys.readouterr().err
+    assert painter.calls == []
 
 
 def test_unknown_suite_names_the_known(capsys: pytest.CaptureFixture[str]) -> None:

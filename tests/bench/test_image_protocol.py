@@ -71,7 +71,12 @@ def test_fidelity_comes_with_its_noise_floor_and_step_errors(
 def test_a_peer_run_resumes(reference: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert main([*BENCH, *RUN, "--category", "single", "--peer", "diffusers", "--out", str(tmp_path)]) == 0
-    assert len((tmp_path / "made.jsonl").read_text().splitlines()) == 1
+    made = [json.loads(line)["record"] for line in (tmp_path / "made.jsonl").read_text().splitlines()]
+    assert len(made) == 1
+    assert made[0]["parts"] == results(reference)["record"]["parts"][:4]  # the same weights
+    options = ["--peer", "diffusers", "--precision", "fp32", "--out", str(tmp_path)]
+    assert main([*BENCH, *RUN, "--category", "single", *options]) == 0
+    assert len((tmp_path / "made.jsonl").read_text().splitlines()) == 2  # in another precision: made again
 
 
 def test_other_sizes_and_turns(tmp_path: Path) -> None:
