@@ -154,7 +154,8 @@ def run(args: argparse.Namespace) -> int:
 
     import fluxkiln
 
-    pipe, planned = fluxkiln.Pipeline.from_pretrained(args.model, **image.model_options(args)), recipes(args.format)
+    planned = recipes(args.format)
+    pipe = fluxkiln.Pipeline.from_pretrained(args.model, **image.model_options(args))
     model = pipe.transformer
     for recipe in planned.values():  # a refusal now, not after hours
         choose(args.backend, model.config, recipe, model.device, model.dtype)
@@ -171,7 +172,6 @@ def run(args: argparse.Namespace) -> int:
     if args.model == "shapes":
         results["note"] = image.SHAPES_NOTE
     results["rows"] = []
-
     for row in ablate(pipe, planned, load, items, settings):
         results["rows"].append(row)
         if args.out:

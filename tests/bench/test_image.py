@@ -379,6 +379,14 @@ def test_a_peer_refuses_what_it_would_ignore(options: list[str], capsys: pytest.
     assert "are of our own backends, not of a --peer" in capsys.readouterr().err
 
 
+def test_a_peer_refuses_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(SCENE).save(tmp_path / "a.png")
+    item = {"id": 1, "category": "fill", "prompt": "a fox", "image": "a.png", "mask": "a.png"}
+    (tmp_path / "suite.jsonl").write_text(json.dumps(item))
+    assert main([*BENCH, "--suite", str(tmp_path / "suite.jsonl"), "--peer", "diffusers"]) == 1
+    assert "not from a mask or control picture" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -16,7 +16,7 @@ from fluxkiln.bench.shapes_scene import CELLS, COLORS, SHAPES, Scene, Thing, hel
 KINDS = ("single", "pair", "count", "word")
 
 
-def test_training_never_sees_a_held_out_combination() -> None:
+def test_no_caption_of_the_training_asks_for_a_held_out_combination() -> None:
     rng = Random(0)
     trained = {data.training_sample(rng, edit=i % 2 == 1).combination for i in range(3000)}
     assert not any(map(held_out, trained))
