@@ -33,7 +33,7 @@ from PIL import Image
 from fluxkiln.bench import fidelity, learned, metrics, report, shapes_judge, suite
 from fluxkiln.bench.fidelity import contact_sheet, read
 from fluxkiln.bench.suite import Item
-from fluxkiln.cli import pixels
+from fluxkiln.cli import above_zero, pixels
 from fluxkiln.files import write_text
 from fluxkiln.images import rgb
 
@@ -339,7 +339,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step-errors", type=int, metavar="N", help="of N items: how far 1 and 4 steps end from eager in bf16"
     )
-    parser.add_argument("--gpu-hour-price", type=float, help="for the cost of a picture")
+    parser.add_argument("--gpu-hour-price", type=above_zero, help="for the cost of a picture")
     parser.add_argument("--lpips", choices=learned.LPIPS_NETS, help="also LPIPS, with the package and weights you have")
     parser.add_argument("--image-reward", type=Path, metavar="FOLDER", help="also ImageReward, with its files there")
     parser.add_argument("--ocr", choices=("tesseract",), help="reads the words of items that have a text but no scene")

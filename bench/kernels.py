@@ -41,6 +41,7 @@ from fluxkiln.bench import report
 from fluxkiln.bench.cases import SIZES, Case, arguments, everything, raw_query
 from fluxkiln.bench.measure import DIED, LOST, Samples, empty, lost, measure, roofs, watched
 from fluxkiln.bench.step import TINY
+from fluxkiln.cli import above_zero
 from fluxkiln.config import DEV
 from fluxkiln.kernels import RefusedError, formats, registry
 from fluxkiln.kernels.backend import native_arch, refuse
@@ -427,7 +428,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", nargs="+", choices=registry.OPS, help="only these operations")
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES), help="only these sizes of pictures")
     parser.add_argument("--results", type=Path, metavar="FOLDER", default=Path("bench/results"))
-    parser.add_argument("--budget", type=float, default=0.3, metavar="S", help="seconds for each (default 0.3)")
+    parser.add_argument("--budget", type=above_zero, default=0.3, metavar="S", help="seconds for each (default 0.3)")
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
 

@@ -1,69 +1,33 @@
-"""Does a picture show the scene that was asked for? Measured from its pixels, by geometry, without a network.
-
-    background   the plain, striped or gradient hypothesis that explains the frame; the rest is what it leaves over
-    things       connected pixels that are not background, split where two colours meet that are not stripes
-    each thing   colour by majority; shape, centre and radius by the best overlap among the six outlines
-    word         the dots of each letter's cell against the letters' patterns
-
-`judge` compares that with a `Scene` and says for each attribute whether it is right. Nothing here draws a scene.
-"""
+"""Does a picture show the scene that was asked for? Says for each attribute whether what is measured is right."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.bench import metrics
-from fluxkiln.bench.shapes_scene import (
-    COLORS,
-    FONT,
-    LETTER_CELL,
-    LETTER_DOT,
-    OUTLINE_SCALE,
-    SHAPES,
-    STRIPES,
-    THING_STRIPE,
-    Background,
-    Scene,
-    Thing,
-    outline,
+from fluxkiln.bench.shapes_measure import (
+    SPECK,
+    Found,
+    Mask,
+    Pixels,
+    beside_word,
+    coverage,
+    find_background,
+    find_things,
+    read_word,
 )
+from fluxkiln.bench.shapes_scene import OUTLINE_SCALE, Background, Scene, Thing, outline
 
-Pixels = NDArray[np.uint8]
-Mask = NDArray[np.bool_]
-
-BORDER = 0.035  # width of the frame in which the background is recognised, over the shorter side
-BACKGROUND_ERROR = 22.0  # mean RGB distance of the frame from its background, at most
-NOT_BACKGROUND = 40.0  # RGB distance from which a pixel is something else; any two legible colours are 75 apart
-PURE = 45.0  # RGB distance from a palette colour up to which a pixel is no mixture of two
-SPECK = 0.004  # of the area: less than that is dirt, and more dirt than that in all is a fault
 SHAPE_OVERLAP = 0.80  # intersection over union with the ideal outline, at least
 RADIUS_RATIO = 1.16  # halfway (in logarithms) to the next size
 PLACE = 0.09  # of the sides: less than halfway to the next of the nine cells
 UNCHANGED_PSNR = 30.0  # dB, of what an edit should have left alone
 MARGIN = 1 / 32  # of the shorter side, between a change and what should be as it was
-
-_NAMES = list(COLORS)
-_PALETTE = np.array([COLORS[name] for name in _NAMES], np.float32)
-
-
-@dataclass(frozen=True)
-class Found:
-    """One thing as measured; the units are those of `Thing`."""
-
-    shape: str
-    color: str
-    radius: float
-    x: float
-    y: float
-    style: str
-    overlap: float
-    mask: Mask = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -83,328 +47,6 @@ class Verdict:
     @property
     def ok(self) -> bool:
         return all(self.checks.values())
-
-
-# -- background -----------------------------------------------------------------------------------------------------
-
-
-@cache
-def _hypotheses() -> tuple[Background, ...]:
-    pairs = itertools.permutations(_NAMES, 2)
-    return (
-        *(Background("plain", c) for c in _NAMES),
-        *(Background(k, *p) for p in pairs for k in ("striped", "gradient")),
-    )
-
-
-def _expected(background: Background, height: int, width: int) -> tuple[NDArray[np.float32], Mask]:
-    """Colour of every pixel `[H, W, 3]`, and the columns `[W]` on a stripe's edge, where it is a mixture."""
-    first, last = (np.array(COLORS[background.colors[i]], np.float32) for i in (0, -1))
-    if background.kind == "gradient":
-        weight = ((np.arange(height) + 0.5) / height)[:, None, None]
-        return np.broadcast_to((1 - weight) * first + weight * last, (height, width, 3)), np.zeros(width, bool)
-    if background.kind == "plain":
-        return np.broadcast_to(first, (height, width, 3)), np.zeros(width, bool)
-    place = (np.arange(width) + 0.5) * STRIPES / width
-    columns = np.where((place.astype(int) % 2 == 0)[:, None], first, last)
-    edge = np.abs(place - np.rint(place)) * width / STRIPES < 1.01
-    edge &= (np.rint(place) > 0) & (np.rint(place) < STRIPES)
-    return np.broadcast_to(columns, (height, width, 3)), edge
-
-
-@cache
-def _frames(height: int, width: int) -> tuple[Mask, NDArray[np.float32], NDArray[np.float32]]:
-    """The frame `[H, W]`, and for each hypothesis the colours of its n pixels `[120, n, 3]` and weights `[120, n]`."""
-    margin = max(2, round(BORDER * min(height, width)))
-    frame = np.ones((height, width), bool)
-    frame[margin:-margin, margin:-margin] = False
-    expected = [_expected(background, height, width) for background in _hypotheses()]
-    weights = [np.broadcast_to(~edge, (height, width))[frame] for _, edge in expected]
-    return frame, np.stack([colors[frame] for colors, _ in expected]), np.stack(weights).astype(np.float32)
-
-
-def find_background(pixels: Pixels) -> Background | None:
-    """The background that explains the picture's frame, None when none does."""
-    frame, colors, weights = _frames(*pixels.shape[:2])
-    distances = np.linalg.norm(pixels[frame].astype(np.float32) - colors, axis=-1)
-    distances = np.minimum(distances, 120.0)  # a thing that reaches into the frame counts, but not fully
-    errors = (distances * weights).sum(1) / weights.sum(1)
-    best = int(errors.argmin())
-    return _hypotheses()[best] if errors[best] <= BACKGROUND_ERROR else None
-
-
-# -- things ---------------------------------------------------------------------------------------------------------
-
-
-def components(mask: Mask) -> list[Mask]:
-    """Connected regions (4 neighbours), largest first."""
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:  # spread the largest label of each region until nothing changes
-        grown = labels.copy()
-        grown[1:] = np.maximum(grown[1:], labels[:-1])
-        grown[:-1] = np.maximum(grown[:-1], labels[1:])
-        grown[:, 1:] = np.maximum(grown[:, 1:], labels[:, :-1])
-        grown[:, :-1] = np.maximum(grown[:, :-1], labels[:, 1:])
-        grown[~mask] = 0
-        if (grown == labels).all():
-            break
-        labels = grown
-    regions = [labels == value for value in np.unique(labels) if value]
-    return sorted(regions, key=lambda region: -int(region.sum()))
-
-
-def _shifted(mask: Mask, fill: bool) -> NDArray[np.bool_]:
-    """The nine 3 x 3 neighbours of every pixel, `[9, H, W]`."""
-    padded = np.pad(mask, 1, constant_values=fill)
-    h, w = mask.shape
-    return np.stack([padded[i : i + h, j : j + w] for i in range(3) for j in range(3)])
-
-
-def erode(mask: Mask) -> Mask:
-    return _shifted(mask, False).all(0)
-
-
-def dilate(mask: Mask) -> Mask:
-    return _shifted(mask, False).any(0)
-
-
-def fill(mask: Mask) -> Mask:
-    """The mask with its holes: what cannot be reached from outside without crossing it."""
-    outside = np.pad(~mask, 1, constant_values=True)
-    frame = np.zeros_like(outside)
-    frame[0] = frame[-1] = frame[:, 0] = frame[:, -1] = True
-    reached = frame
-    while True:
-        grown = reached.copy()
-        grown[1:] |= reached[:-1]
-        grown[:-1] |= reached[1:]
-        grown[:, 1:] |= reached[:, :-1]
-        grown[:, :-1] |= reached[:, 1:]
-        grown &= outside
-        if (grown == reached).all():
-            return ~reached[1:-1, 1:-1]
-        reached = grown
-
-
-def _coverage(corners: list[tuple[float, float]], height: int, width: int) -> NDArray[np.float32]:
-    """Share of every pixel inside a polygon, from 3 x 3 points a pixel and the even-odd rule."""
-    xs, ys = ((np.arange(3 * n) + 0.5) / 3 for n in (width, height))
-    inside = np.zeros((3 * height, 3 * width), bool)
-    for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
-        if y0 == y1:
-            continue
-        crosses = (ys < y0) != (ys < y1)
-        at = x0 + (ys - y0) / (y1 - y0) * (x1 - x0)
-        inside ^= crosses[:, None] & (xs[None, :] < at[:, None])
-    return inside.reshape(height, 3, width, 3).mean((1, 3), dtype=np.float32)
-
-
-@cache
-def _unit(shape: str) -> tuple[float, float, float]:
-    """Area and centroid of a shape of radius 1 around the origin."""
-    corners = outline(shape, 0.0, 0.0, 1.0)
-    area = cx = cy = 0.0
-    for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
-        cross = x0 * y1 - x1 * y0
-        area += cross / 2
-        cx += (x0 + x1) * cross / 6
-        cy += (y0 + y1) * cross / 6
-    return abs(area), cx / area, cy / area
-
-
-def fit_shape(cover: NDArray[np.float32]) -> tuple[str, float, float, float, float]:
-    """Best shape of a region given as coverage `[H, W]` in 0..1: name, x, y, radius (pixels), overlap 0..1."""
-    area = float(cover.sum())
-    if area < 1:
-        return SHAPES[0], 0.0, 0.0, 1.0, 0.0
-    rows, columns = np.flatnonzero(cover.any(1)), np.flatnonzero(cover.any(0))
-    margin = max(2, (len(rows) + len(columns)) // 4)  # an ideal outline that reaches further has lost anyway
-    top, left = max(int(rows[0]) - margin, 0), max(int(columns[0]) - margin, 0)
-    cover = cover[top : int(rows[-1]) + margin, left : int(columns[-1]) + margin]
-    height, width = cover.shape
-    x = float((cover.sum(0) * (np.arange(width) + 0.5)).sum() / area)
-    y = float((cover.sum(1) * (np.arange(height) + 0.5)).sum() / area)
-    best = (SHAPES[0], x, y, 1.0, -1.0)
-    for shape in SHAPES:
-        unit_area, cx, cy = _unit(shape)
-        radius = math.sqrt(area / unit_area)
-        at = (x - cx * radius, y - cy * radius)
-        ideal = _coverage(outline(shape, *at, radius), height, width)
-        overlap = float(np.minimum(ideal, cover).sum() / np.maximum(ideal, cover).sum())
-        if overlap > best[-1]:
-            best = (shape, at[0] + left, at[1] + top, radius, overlap)
-    return best
-
-
-def _colors_in(pixels: Pixels, region: Mask) -> tuple[NDArray[np.int64], Mask, list[int]]:
-    """Nearest palette entry of every pixel, where it is near, and which are more than the blur between two others."""
-    distances = np.linalg.norm(pixels[:, :, None].astype(np.float32) - _PALETTE, axis=-1)
-    labels, pure = distances.argmin(-1), distances.min(-1) < PURE
-    area = region.sum()
-    solid = []
-    for value in np.unique(labels[region]):
-        part = region & (labels == value)
-        if part.sum() >= 0.03 * area and (erode(part).any() or area < 60):
-            solid.append(int(value))
-    return labels, pure, solid
-
-
-def _stripes(labels: NDArray[np.int64], region: Mask, pure: Mask) -> tuple[int, int] | None:
-    """(own colour, colour between) if the region is made of horizontal stripes with white or black between.
-
-    Of white and black either may be the own one.
-    """
-    counts = np.bincount(labels[region & pure], minlength=len(_NAMES))
-    pair = [int(value) for value in np.argsort(-counts)[:2]]
-    pale = [value for value in pair if _NAMES[value] in ("white", "black")]
-    if not pale or counts[pair[1]] < 0.1 * region.sum():
-        return None
-    shortest = max(2, round(min(region.shape) * THING_STRIPE / 2))  # a blurred rim is thinner
-    runs: list[tuple[int, int]] = []  # (colour, rows) from top to bottom
-    for y in np.flatnonzero(region.any(1)):
-        row = np.bincount(labels[y][region[y]], minlength=len(_NAMES))[pair]
-        if row.max() >= 0.7 * row.sum() and row.sum() >= 0.5 * region[y].sum():
-            winner = int(row.argmax())
-            runs[-1:] = [(winner, runs[-1][1] + 1)] if runs and runs[-1][0] == winner else [*runs[-1:], (winner, 1)]
-    bands = [winner for winner, length in runs if length >= shortest]
-    if sum(a != b for a, b in itertools.pairwise(bands)) < 2:
-        return None
-    if len(pale) == 1:
-        return next(value for value in pair if value not in pale), pale[0]
-    return pair[0], pair[1]
-
-
-def _measure(
-    pixels: Pixels, region: Mask, paint: tuple[int, ...], colors: NDArray[np.float32], style: str | None = None
-) -> Found:
-    """Shape, place and size of a region painted in one colour, or in two when striped, before `colors`."""
-    height, width = region.shape
-    whole = fill(region)
-    if style is None:
-        style = "outlined" if whole.sum() > 1.12 * region.sum() else "plain"
-    # Soften the rim by how far each pixel is on the way from the background to the paint.
-    rim = dilate(region) & ~erode(region) & dilate(~whole)
-    ways = [_PALETTE[color] - colors for color in paint]
-    shares = [((pixels - colors) * way).sum(-1) / np.maximum((way * way).sum(-1), 1) for way in ways]
-    cover = np.where(rim, np.clip(np.max(shares, axis=0), 0, 1), whole).astype(np.float32)
-    shape, x, y, radius, overlap = fit_shape(cover)
-    return Found(shape, _NAMES[paint[0]], radius / min(height, width), x / width, y / height, style, overlap, whole)
-
-
-def _measure_part(
-    pixels: Pixels, part: Mask, region: Mask, labels: NDArray[np.int64], color: int, colors: NDArray[np.float32]
-) -> Found:
-    """`_measure` for one of several colours of a region: where it is enclosed by another, that is its background."""
-    whole = fill(part)
-    around = dilate(whole) & ~whole
-    under = colors
-    if (around & region).sum() > 0.8 * around.sum():
-        behind = np.bincount(labels[dilate(around) & ~whole & region], minlength=len(_NAMES)).argmax()
-        under = np.broadcast_to(_PALETTE[behind], colors.shape)
-    return _measure(pixels, part, (color,), under, "plain" if whole.sum() > part.sum() else None)
-
-
-def find_things(pixels: Pixels, background: Background) -> tuple[list[Found], float]:
-    """Everything in front of the background, and the share of the picture that is dirt."""
-    height, width, _ = pixels.shape
-    colors, edge = _expected(background, height, width)
-    different = np.linalg.norm(pixels - colors, axis=-1) > NOT_BACKGROUND
-    if edge.any():  # a stripe's edge belongs to what is on both sides of it
-        columns = np.flatnonzero(~edge)
-        left = columns[np.maximum(np.searchsorted(columns, np.arange(width), "right") - 1, 0)]
-        right = columns[np.minimum(np.searchsorted(columns, np.arange(width), "left"), len(columns) - 1)]
-        different = different[:, left] & different[:, right]
-    smallest = SPECK * height * width
-    found, dirt = [], 0.0
-    for region in components(different):
-        if region.sum() < smallest:
-            dirt += float(region.sum())
-            continue
-        labels, pure, solid = _colors_in(pixels, region)
-        if stripes := _stripes(labels, region, pure):
-            thing = _measure(pixels, region, stripes, colors, "striped")
-            if {_NAMES[value] for value in stripes} == {"white", "black"}:  # the own colour crosses the centre
-                row = min(int(thing.y * height), height - 1)
-                share = (labels[row] == stripes[0])[region[row]].mean()
-                thing = replace(thing, color=_NAMES[stripes[0] if share >= 0.5 else stripes[1]])
-            found.append(thing)
-        elif not solid:
-            dirt += float(region.sum())
-        elif len(solid) == 1:
-            found.append(_measure(pixels, region, (solid[0],), colors))
-        else:  # things that touch, or one in front of another
-            for value in solid:
-                for part in components(region & (labels == value)):
-                    if part.sum() >= smallest and erode(part).any():
-                        found.append(_measure_part(pixels, part, region, labels, value, colors))
-    return found, dirt / (height * width)
-
-
-# -- words ----------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _glyphs() -> tuple[list[str], NDArray[np.float32]]:
-    bits = [[[row >> (4 - c) & 1 for c in range(5)] for row in rows] for rows in FONT.values()]
-    return list(FONT), np.array(bits, np.float32)
-
-
-def read_word(pixels: Pixels, background: Background) -> tuple[str, str | None]:
-    """The word in the middle and the colour it is written in; letters that are no letter read as "?"."""
-    height, width, _ = pixels.shape
-    side = min(height, width)
-    ground = _PALETTE[_NAMES.index(background.color)]
-    distance = np.linalg.norm(pixels - ground, axis=-1)
-    ink_pixels = distance > 60
-    if not ink_pixels.any():
-        return "", None
-    # A dot that lies between pixels has few of its own colour: four in sixteen at 96 pixels a side.
-    strong = pixels[distance >= np.quantile(distance[ink_pixels], 0.8)].astype(np.float32)
-    votes = np.linalg.norm(strong[:, None] - _PALETTE, axis=-1).argmin(-1)
-    color = int(np.bincount(votes, minlength=len(_NAMES)).argmax())
-    way = _PALETTE[color] - ground
-    ink = np.clip(((pixels - ground) * way).sum(-1) / max(float((way * way).sum()), 1.0), 0, 1)
-    total = np.pad(ink.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    letters, glyphs = _glyphs()
-    cell, dot = side * LETTER_CELL, side * LETTER_DOT
-    best, best_cost = "?", math.inf
-    for n, dx, dy in itertools.product(range(1, int(width / cell) + 1), (-1, 0, 1), (-1, 0, 1)):
-        word, cost, seen = "", 0.0, 0.0
-        for i in range(n):
-            left = width / 2 - n * cell / 2 + (cell - 5 * dot) / 2 + i * cell + dx
-            top = height / 2 - 3.5 * dot + dy
-            dots = _dots(total, left, top, dot)
-            errors = np.abs(glyphs - dots).mean((1, 2))
-            k = int(errors.argmin())
-            word += letters[k] if errors[k] < 0.17 else "?"
-            cost += float(errors[k]) * 35
-            seen += float(dots.sum())
-        cost += max(0.0, float(ink.sum()) / dot**2 - seen)  # ink outside the letters
-        if cost < best_cost - 1e-6:
-            best, best_cost = word, cost
-    return best, _NAMES[color]
-
-
-def _beside_word(pixels: Pixels, background: Background, letters: int) -> float:
-    """Share of the picture that is neither background nor where a word of so many letters stands."""
-    height, width, _ = pixels.shape
-    side = min(height, width)
-    different = np.linalg.norm(pixels - _expected(background, height, width)[0], axis=-1) > NOT_BACKGROUND
-    half, tall = letters * side * LETTER_CELL / 2 + 1, 3.5 * side * LETTER_DOT + 1
-    rows, columns = (np.abs(np.arange(n) + 0.5 - n / 2) for n in (height, width))
-    different[np.ix_(rows <= tall, columns <= half)] = False
-    return float(different.mean())
-
-
-def _dots(total: NDArray[np.floating], left: float, top: float, dot: float) -> NDArray[np.floating]:
-    """Mean ink `[7, 5]` of each dot of a letter's cell, from the ink summed over everything left and above."""
-    xs, ys = (np.rint(start + dot * np.arange(n + 1)).astype(int) for start, n in ((left, 5), (top, 7)))
-    xs, ys = np.clip(xs, 0, total.shape[1] - 1), np.clip(ys, 0, total.shape[0] - 1)
-    sums = np.diff(np.diff(total[np.ix_(ys, xs)], axis=0), axis=1)
-    return sums / np.maximum(np.diff(ys)[:, None] * np.diff(xs), 1)
-
-
-# -- verdicts -------------------------------------------------------------------------------------------------------
 
 
 def _looks(found: Found, thing: Thing) -> dict[str, bool]:
@@ -466,7 +108,7 @@ def judge(pixels: Pixels, scene: Scene) -> Verdict:
     if scene.word:
         word, color = read_word(pixels, background)
         checks |= {"word": word == scene.word, "color": color == scene.word_color}
-        checks["count"] = _beside_word(pixels, background, len(word)) <= SPECK
+        checks["count"] = beside_word(pixels, background, len(word)) <= SPECK
         return Verdict(checks, background, (), word)
     found, dirt = find_things(pixels, background)
     pairs = _pair_up(found, scene)
@@ -514,7 +156,7 @@ def _inside(thing: Thing, height: int, width: int) -> Mask:
 
     def cover(radius: float) -> NDArray[np.float32]:
         corners = outline(thing.shape, thing.x * width, thing.y * height, radius * min(height, width))
-        return _coverage(corners, height, width)
+        return coverage(corners, height, width)
 
     if thing.style != "outlined":
         return cover(max(thing.radius - MARGIN, 0)) == 1

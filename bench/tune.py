@@ -28,6 +28,7 @@ from fluxkiln.bench.cases import SIZES, Case, arguments, everything
 from fluxkiln.bench.kernels import TINY_SIZES, parity
 from fluxkiln.bench.measure import lost, measure
 from fluxkiln.bench.step import TINY
+from fluxkiln.cli import above_zero
 from fluxkiln.config import DEV
 from fluxkiln.files import write_text
 from fluxkiln.kernels import (
@@ -224,9 +225,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", nargs="+", choices=registry.FORMATS, help="default: all that run here")
     parser.add_argument("--table", type=Path, default=MEASURED, metavar="FILE", help="where winners go")
     parser.add_argument(
-        "--budget", type=float, default=0.3, metavar="S", help="seconds for each finalist (default 0.3)"
+        "--budget", type=above_zero, default=0.3, metavar="S", help="seconds for each finalist (default 0.3)"
     )
-    parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing new after this long")
+    parser.add_argument("--minutes", type=above_zero, metavar="M", help="begin nothing new after this long")
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
 

@@ -90,6 +90,17 @@ def pixels(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def above_zero(text: str) -> float:
+    """A number of an argument that has to be above 0, such as seconds."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+above_zero.__name__ = "float"  # what argparse calls it where the text is no number
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Arguments, the prompt wherever it stands: argparse gives an optional word up at the first option before it."""
     parser = _parser(argv)

@@ -114,11 +114,14 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.repeat is not None:
         return repeat(args)
-    from fluxkiln import metadata
+    from fluxkiln import metadata, prepare
 
     template = output_template(args)
     metadata.check_template(template)
     jobs = list(jobs_of(args))
+    if not args.prompts:  # one of many requests fails by itself
+        for job in jobs:
+            prepare.check(**job.arguments)
     folder = None if args.dry_run else _writable_folder(template)
     results = Results(folder / "results.jsonl") if args.prompts and folder else None
     if results is not None:

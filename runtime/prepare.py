@@ -15,7 +15,7 @@ from fluxkiln.config import TOKEN_PIXELS
 from fluxkiln.images import Source
 from fluxkiln.mask import Region
 from fluxkiln.record import Mode, Picture, Role
-from fluxkiln.sampling import Guidance, Scheduler, first_step, guidance_values, seeds_of
+from fluxkiln.sampling import UNSHIFTED, Guidance, Scheduler, first_step, guidance_values, seeds_of
 
 Variant = Literal["dev", "schnell", "kontext", "fill", "canny", "depth", "control", "custom"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
@@ -118,6 +118,25 @@ class Course:
         schedule = schedule[first_step(steps, 1.0 if strength is None else strength) :]
         values = guidance_values(default.guidance if guidance is None else guidance, schedule) if guided else None
         return cls(steps, strength, tuple(schedule), values)
+
+
+def check(
+    width: int | None = None,
+    height: int | None = None,
+    num_inference_steps: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    strength: float | None = None,
+    seed: SupportsIndex | Sequence[SupportsIndex] | None = None,
+    **others: object,
+) -> None:
+    """Refuse arguments of a call that no model can take, before one is opened; `others` depend on the model.
+
+    Raises:
+        ValueError: a side, number of steps, sigma, strength or seed that cannot be.
+    """
+    _sides(width, height, (TOKEN_PIXELS, TOKEN_PIXELS), [])
+    seeds_of(seed, 1)
+    Course.of(Defaults(), UNSHIFTED, 1, num_inference_steps, sigmas, strength, None, guided=False)
 
 
 # --- texts and seeds ----------------------------------------------------------------------------

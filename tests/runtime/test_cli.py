@@ -172,9 +172,17 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
         (["generate", "a", "--vae", "y"], 1, "single files need --transformer FILE"),
         (["generate", "a", "blue", "fox"], 2, "arguments: blue fox: put a prompt of several words in quotes"),
         (["generate", "a", "-o", f"{__file__}/a.png"], 1, "test_cli.py is a file, not a folder"),
-        (["generate", "a", "--width", "8", "-o", "out/a.png"], 1, "8"),
-        (["generate", "a", "--seed", "-1"], 1, "-1"),
+        (["generate", "a", "--width", "8", "-o", "out/a.png"], 1, "width must be at least 16 pixels, got 8"),
+        (["generate", "a", "--height", "65536", "--width", "65536"], 1, "at most"),
+        (["generate", "a", "--seed", "-1"], 1, "a seed must be between 0 and 2^63 - 1"),
+        (["generate", "a", "--seed", f"{2**63 - 1}", "-n", "2"], 1, "a seed must be between 0 and 2^63 - 1"),
+        (["generate", "a", "--steps", "0"], 1, "at least 1 step is needed, got 0"),
+        (["generate", "a", "--sigmas", "0.5,1"], 1, "sigmas must fall"),
+        (["generate", "a", "--image", __file__, "--strength", "2"], 1, "strength must be between 0 and 1, got 2.0"),
         (["generate", "a", "--true-cfg-scale", "nan", "--negative-prompt", "b"], 1, "true_cfg_scale must be finite"),
+        (["bench", "tune", "--tiny", "--budget=-1"], 2, "argument --budget: must be a number above 0, got '-1'"),
+        (["bench", "tune", "--tiny", "--minutes", "long"], 2, "argument --minutes: invalid float value: 'long'"),
+        (["bench", "image", "--gpu-hour-price", "inf"], 2, "--gpu-hour-price: must be a number above 0, got 'inf'"),
         (["generate", "a", "--cache-size", "inf"], 2, "a size is like 500MB or 2GB, got 'inf'"),
         (["generate", "a", "--cache-size=-1GB"], 2, "a size is like 500MB or 2GB, got '-1GB'"),
         (["generate", "a", "--cache", __file__], 1, "test_cli.py is no folder"),
@@ -199,7 +207,9 @@ def test_errors_are_one_sentence(
     assert sentence.startswith("fluxkiln")
     assert said.out == ""
     assert list(Path().iterdir()) == []
-    assert not ("is not a file" in sentence and opened)  # said before a model is opened
+    # What the model does not decide is said before it is opened.
+    early = ("is not a file", "pixels", "seed", "step", "sigmas", "strength")
+    assert not (opened and any(word in sentence for word in early))
 
 
 def test_debug_shows_where(opened: Any) -> None:

@@ -13,7 +13,7 @@ import pytest
 from scipy import ndimage
 from shapes import captions
 
-from fluxkiln.bench import metrics, shapes_judge, suite
+from fluxkiln.bench import metrics, shapes_judge, shapes_measure, suite
 from fluxkiln.bench.shapes_scene import CELLS, COLORS, FONT, SHAPES, STYLES, Background, Scene, Thing, draw
 
 KINDS = ("single", "pair", "count", "word")
@@ -196,7 +196,7 @@ def test_letters_between_the_pixels_are_read_in_their_color(ground: str) -> None
     background = Background("plain", ground)
     for color in (c for c in COLORS if c != ground):
         pixels = _pixels(Scene(background, word="KX", word_color=color), 96, 96)
-        assert shapes_judge.read_word(pixels, background) == ("KX", color)
+        assert shapes_measure.read_word(pixels, background) == ("KX", color)
 
 
 @pytest.mark.parametrize("shape", ["circle", "square", "triangle", "diamond"])
@@ -233,6 +233,6 @@ def test_nothing_to_leave_alone_is_not_checked() -> None:
 def test_components_agree_with_scipy() -> None:
     mask = np.random.default_rng(0).random((40, 50)) < 0.55
     labels, n = ndimage.label(mask)
-    ours = shapes_judge.components(mask)
+    ours = shapes_measure.components(mask)
     assert sorted(int(r.sum()) for r in ours) == sorted(int((labels == i).sum()) for i in range(1, n + 1))
-    np.testing.assert_array_equal(shapes_judge.fill(mask), ndimage.binary_fill_holes(mask))
+    np.testing.assert_array_equal(shapes_measure.fill(mask), ndimage.binary_fill_holes(mask))
