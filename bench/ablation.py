@@ -111,9 +111,10 @@ def ablate(
                 pipe.transformer = load(recipe)
                 row["one_step_error"] = relative_errors(latents(pipe, items, first), one)
             ends = _Ends()
-            image.make(pipe, items, folder, settings, progress=False, callback=ends)
+            made = image.make(pipe, items, folder, settings, progress=False, callback=ends)
             if recipe is None:
                 all_steps = ends.latents
+                row["record"] = image.common(made)
             else:
                 row["error"] = relative_errors(ends.latents, all_steps)
                 row |= fidelity(folder, truth)

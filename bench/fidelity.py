@@ -7,9 +7,9 @@ import json
 import math
 import statistics
 import textwrap
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -24,8 +24,9 @@ METRICS: dict[str, Metric] = {
     "ms_ssim": metrics.ms_ssim,
     "flip": metrics.flip,
 }
+T = TypeVar("T")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-SHEET_COLUMNS = 6
+SHEET_COLUMNS, SHEET_ROWS = 6, 60  # pictures across, and captions in all: more than that nobody looks at
 LINE, LETTER = 12, 6  # height and width of a caption's letter, pixels
 
 
@@ -34,14 +35,19 @@ def read(path: Path) -> np.ndarray:
     return np.asarray(rgb(open_picture(path)))
 
 
+def files(folder: Path) -> dict[str, Path]:
+    """The pictures of a folder, or of its `images`, by name."""
+    inside = folder / "images" if (folder / "images").is_dir() else folder
+    return {path.stem: path for path in sorted(inside.glob("*")) if path.suffix.lower() in SUFFIXES}
+
+
 def shared(*folders: Path, names: Collection[str] | None = None) -> dict[str, list[Path]]:
     """The pictures of each name, or of these `names`, that all folders or their `images` have, in their order.
 
     Raises:
         ValueError: there is none.
     """
-    insides = [path / "images" if (path / "images").is_dir() else path for path in folders]
-    found = [{p.stem: p for p in sorted(f.glob("*")) if p.suffix.lower() in SUFFIXES} for f in insides]
+    found = [files(folder) for folder in folders]
     common = [name for name in found[0] if all(name in pictures for pictures in found)]
     result = {name: [pictures[name] for pictures in found] for name in common if names is None or name in names}
     if not result:
@@ -78,6 +84,31 @@ def fidelity(
     return {"n": n, "equal": n - len(finite), **psnr, **means}
 
 
+def check_floor(reference: Path, floor: Path) -> None:
+    """Where two folders say how they were made: a noise floor differs in who made it and in nothing else.
+
+    Raises:
+        ValueError: it has another suite, seed, number of steps or guidance.
+    """
+    made = [folder / "results.json" for folder in (reference, floor)]
+    if not all(path.is_file() for path in made):
+        return
+    wanted, found = (json.loads(path.read_text()) for path in made)
+    for key in ("suite", "seed", "steps", "guidance", "true_cfg_scale", "negative_prompt"):
+        if wanted.get(key) != found.get(key):
+            values = f"{floor} has {key} {found.get(key)}, the reference {reference} {wanted.get(key)}"
+            raise ValueError(f"a noise floor is another implementation's run of the same requests: {values}")
+
+
+def to_show(rows: Sequence[T], goodness: Callable[[T], float]) -> list[T]:
+    """What a contact sheet has room for: of too many rows, half are the worst, and half are spread over the others."""
+    if len(rows) <= SHEET_ROWS:
+        return list(rows)
+    ranked, half = sorted(rows, key=goodness), SHEET_ROWS // 2
+    worst, rest = ranked[:half], ranked[half:]
+    return [*worst, *(rest[i * len(rest) // half] for i in range(half))]
+
+
 def line(name: str, scores: Mapping[str, float | None]) -> str:
     """Scores as text."""
     return f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in scores.items() if value is not None)
@@ -112,7 +143,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path, help="the reference")
     parser.add_argument("--floor", type=Path, help="another implementation's pictures: how far chance alone goes")
-    parser.add_argument("--sheet", type=Path, help="contact sheet to write, the pictures side by side")
+    parser.add_argument("--sheet", type=Path, help="contact sheet of at most 60 pairs to write, worst first")
     parser.add_argument("--lpips", choices=learned.LPIPS_NETS, help="also LPIPS, with the package and weights you have")
     parser.add_argument("--json", action="store_true")
 
@@ -120,13 +151,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     extra = {"lpips": learned.lpips(args.lpips)} if args.lpips else None
     pictures = shared(args.a, args.b, *([args.floor] if args.floor else []))
+    if args.floor:
+        check_floor(args.b, args.floor)
     results = {"fidelity": fidelity(args.a, args.b, extra, pictures)}
     if args.floor:
         results["noise_floor"] = fidelity(args.floor, args.b, extra, pictures)
     if args.sheet:
         sides = (args.a, args.b) if args.a.name == args.b.name else (args.a.name, args.b.name)
-        rows = ((f"{name}: {sides[0]} | {sides[1]}", map(open_picture, files[:2])) for name, files in pictures.items())
-        contact_sheet(rows).save(args.sheet)
+        shown = to_show(list(pictures), lambda name: metrics.psnr(*map(read, pictures[name][:2])))
+        captions = (f"{name}: {sides[0]} | {sides[1]}" for name in shown)
+        rows = (map(open_picture, pictures[name][:2]) for name in shown)
+        contact_sheet(zip(captions, rows, strict=True)).save(args.sheet)
     if args.json:
         print(json.dumps(results))
     else:

@@ -140,15 +140,18 @@ class Readers:
 
 
 def measure(items: Sequence[Item], folder: Path, readers: Readers | None = None) -> list[dict[str, Any]]:
-    """A row for each picture in `folder/images`: what the judge says of it (`ok`, `checks`) where an item has a scene
-    or a text that somebody can read, and what the readers say."""
-    readers = readers or Readers()
+    """A row for the picture of each item in `folder`, or in its `images`.
+
+    It has what the judge says (`ok`, `checks`) where an item has a scene or a text that somebody can read, and what
+    the readers say.
+    """
+    readers, files = readers or Readers(), fidelity.files(folder)
     rows = []
     for item in items:
-        pixels = read(folder / "images" / f"{item.id}.png")
+        pixels = read(files[item.id])
         row: dict[str, Any] = {"id": item.id, "category": item.category, "edit": item.is_edit}
         if item.scene is not None:
-            row |= _judged(item, pixels, folder / "images")
+            row |= _judged(item, pixels, files[item.id].parent)
         elif item.text is not None and readers.words is not None:
             row |= _spelt(readers.words(pixels), item.text)
         if readers.reward is not None:
@@ -209,11 +212,19 @@ def _summary(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     if distances := [row["edit_distance"] for row in group if "edit_distance" in row]:
         entry["edit_distance"] = statistics.mean(distances)
+    if kept := [math.inf if (db := row["unchanged_psnr"]) is None else db for row in group if "unchanged_psnr" in row]:
+        found = {"median": statistics.median(kept), "low": min(kept)}
+        entry["unchanged_psnr"] = {name: db if math.isfinite(db) else None for name, db in found.items()}
     return entry
 
 
 def _share(values: Sequence[bool]) -> float:
     return sum(values) / len(values)
+
+
+def common(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the records of all pictures share: the model's parts, the plan, versions, the device."""
+    return {name: made[0]["record"][name] for name in COMMON if name in made[0]["record"]}
 
 
 def latency(made: Sequence[dict[str, Any]], gpu_hour_price: float | None) -> dict[str, float]:
@@ -239,6 +250,9 @@ def table(summary: dict[str, dict[str, Any]]) -> str:
         low, high = entry["interval"]
         failing = " ".join(f"{name} {share:.1%}" for name, share in entry["checks"].items() if share < 1)
         extra = f" (mean edit distance {entry['edit_distance']:.2f})" if "edit_distance" in entry else ""
+        if "unchanged_psnr" in entry:
+            median, lowest = (math.inf if db is None else db for db in entry["unchanged_psnr"].values())
+            extra += f" (unchanged: median {median:.1f} dB, lowest {lowest:.1f})"
         share = entry["right"] / entry["n"]
         lines.append(f"{category:12} {entry['n']:5} {share:7.1%}   {low:6.1%} – {high:6.1%} {failing}{extra}")
     return "\n".join(lines)
@@ -315,11 +329,12 @@ def select(args: argparse.Namespace) -> list[Item]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from fluxkiln.bench import ablation
+    from fluxkiln.bench import ablation, adherence
 
     commands = parser.add_subparsers(metavar="COMMAND")
     for name, module, what in (
         ("compare", fidelity, "say how far the pictures of one folder are from those of another"),
+        ("judge", adherence, "say how many pictures of a folder, whoever made them, are what a suite asked for"),
         ("ablate", ablation, "quantise one kind of layer at a time and measure the pictures"),
     ):
         command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
@@ -343,7 +358,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lpips", choices=learned.LPIPS_NETS, help="also LPIPS, with the package and weights you have")
     parser.add_argument("--image-reward", type=Path, metavar="FOLDER", help="also ImageReward, with its files there")
     parser.add_argument("--ocr", choices=("tesseract",), help="reads the words of items that have a text but no scene")
-    parser.add_argument("--sheet", type=Path, help="contact sheet to write")
+    parser.add_argument("--sheet", type=Path, help="contact sheet to write, of at most 60 items, wrong ones first")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -361,6 +376,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("a --peer makes pictures from prompts and references, not from a mask or control picture")
     if args.reference:
         fidelity.shared(*_others(args), names=[item.id for item in items])
+    if args.floor:
+        fidelity.check_floor(args.reference, args.floor)
     readers = Readers(
         learned.tesseract() if args.ocr else None,
         learned.image_reward(args.image_reward) if args.image_reward else None,
@@ -414,10 +431,14 @@ def _one(
         "latency": latency(made, args.gpu_hour_price),
         "items": rows,
         # The rest of every picture's record is in made.jsonl.
-        "record": {name: made[0]["record"][name] for name in COMMON if name in made[0]["record"]},
+        "record": common(made),
     }
-    if rewards := [row["image_reward"] for row in rows if "image_reward" in row]:
-        results["image_reward"] = statistics.mean(rewards)
+    if readers.reward is not None:
+        by_category: dict[str, list[float]] = {}
+        for row in rows:
+            for group in (row["category"], "all"):
+                by_category.setdefault(group, []).append(row["image_reward"])
+        results["image_reward"] = {group: statistics.mean(rewards) for group, rewards in by_category.items()}
     if args.reference:
         # The folder may hold more, of an earlier run.
         names = fidelity.shared(folder, *_others(args), names=[item.id for item in items])
@@ -433,12 +454,12 @@ def _one(
         results["note"] = SHAPES_NOTE
     write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     if args.sheet:
-        captions = (
-            item.prompt if row.get("ok", True) else f"WRONG {item.prompt}"
-            for item, row in zip(items, rows, strict=True)
+        right = {row["id"]: row.get("ok", True) for row in rows}
+        shown = fidelity.to_show(items, lambda item: right[item.id])
+        captions = (item.prompt if right[item.id] else f"WRONG {item.prompt}" for item in shown)
+        contact_sheet(zip(captions, (pictures(item, folder, pipe.side) for item in shown), strict=True)).save(
+            args.sheet
         )
-        shown = (pictures(item, folder, pipe.side) for item in items)
-        contact_sheet(zip(captions, shown, strict=True)).save(args.sheet)
     return results
 
 
@@ -450,11 +471,9 @@ def _others(args: argparse.Namespace) -> list[Path]:
 def _print(args: argparse.Namespace, results: dict[str, Any]) -> None:
     nothing = "nothing to judge by: no item has a scene, or a text that --ocr reads"
     print(table(results["summary"]) if results["summary"] else nothing)
-    for name in ("fidelity", "noise_floor", "step_errors", "latency"):
+    for name in ("fidelity", "noise_floor", "step_errors", "latency", "image_reward"):
         if results.get(name):
             print(fidelity.line(name, results[name]))
-    if "image_reward" in results:
-        print(f"image_reward: {results['image_reward']:.4g}")
     if "note" in results and args.precision not in DTYPES:
         print(results["note"])
     print(f"{args.out / 'results.json'}")

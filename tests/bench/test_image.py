@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -269,6 +270,71 @@ def test_the_noise_floor_is_of_the_same_pictures(
     results = json.loads(capsys.readouterr().out)
     # The floor's wrong picture is not in a.
     assert results["fidelity"]["n"] == results["noise_floor"]["n"] == results["noise_floor"]["equal"] == 1
+
+
+def test_a_floor_of_other_requests_is_none(
+    painter: Painter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--suite", str(suite_file(tmp_path, ITEMS))]
+    for name, options in {"a": [], "b": ["--seed", "7"], "c": ["--precision", "fp8"]}.items():
+        assert main([*BENCH, *command, *options, "--out", str(tmp_path / name)]) == 0
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert main([*BENCH, "compare", c, a, "--floor", a]) == 0
+    made = len(painter.calls)
+    for wrong in (["compare", c, a, "--floor", b], [*command, "--reference", a, "--floor", b]):
+        capsys.readouterr()
+        assert main([*BENCH, *wrong]) == 1
+        assert f"{b} has seed 7, the reference {a} 0" in capsys.readouterr().err
+    assert len(painter.calls) == made
+    # Against another seed, or fewer steps, a run may be compared: that is no claim about chance.
+    assert main([*BENCH, "compare", a, b]) == 0
+
+
+def test_a_sheet_shows_the_worst_and_some_of_the_rest() -> None:
+    assert fidelity.to_show([3, 1, 2], lambda i: i) == [3, 1, 2]
+    rows = list(range(1000))
+    shown = fidelity.to_show(rows, lambda i: i % 100)
+    assert len(set(shown)) == len(shown) == 60
+    assert {i for i in rows if i % 100 < 3} <= set(shown)
+    assert max(i % 100 for i in shown) > 90
+
+
+def test_the_judge_takes_pictures_of_anybody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = suite_file(tmp_path, ITEMS)
+    ours, theirs = tmp_path / "ours" / "images", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir(parents=True)
+    for item in ITEMS[:2]:
+        assert item.scene is not None
+        draw(item.scene).save(ours / f"{item.id}.png")
+    draw(SCENE).save(theirs / "single-0.webp", lossless=True)
+    draw(SCENE).save(theirs / "recolor-0.png")  # not white
+    folders = [str(ours.parent), str(theirs)]
+    assert main([*BENCH, "judge", *folders, "--suite", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [found[folder]["all"]["right"] for folder in folders] == [2, 1]
+    assert main([*BENCH, "judge", *folders, "--suite", str(path), "--category", "single"]) == 0
+    said = capsys.readouterr().out
+    assert f"{theirs}: 1 of 1 items" in said
+    assert said.count("100.0%") == 6  # share and upper end in each table, and side by side
+    (tmp_path / "empty").mkdir()
+    assert main([*BENCH, "judge", str(tmp_path / "empty"), "--suite", str(path)]) == 1
+    assert "have no picture of this run of the same name" in capsys.readouterr().err
+    assert main([*BENCH, "judge", str(theirs), "--suite", str(path), "--category", "free"]) == 1
+    assert "no item of" in capsys.readouterr().err
+
+
+def test_what_an_edit_left_alone_is_in_the_summary() -> None:
+    rows = [
+        {"category": "move", "edit": True, "ok": True, "checks": {"unchanged": db != 20.0}, "unchanged_psnr": db}
+        for db in (40.0, None, 20.0)
+    ]
+    summary = image.summarize(rows)
+    assert summary["move"]["unchanged_psnr"] == {"median": 40.0, "low": 20.0}
+    assert re.search(r"100.0%    43.8% – 100.0% .*\(unchanged: median 40.0 dB, lowest 20.0\)", image.table(summary))
+    summary = image.summarize([rows[1]])
+    assert summary["move"]["unchanged_psnr"] == {"median": None, "low": None}  # equal
+    assert "median inf dB" in image.table(summary)
 
 
 def test_results_are_json_where_nothing_else_changed(painter: Painter, tmp_path: Path) -> None:
