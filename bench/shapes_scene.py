@@ -197,10 +197,8 @@ class Scene:
 
 
 def held_out(combination: str) -> bool:
-    """True for one combination in `HELD_OUT`: no caption of the training asks for these, the benchmark for no others.
-
-    What an edit in training starts from or ends in may be a scene that is held out of the prompts.
-    """
+    """True for one combination in `HELD_OUT`: training asks for none of these and shows none, the benchmark asks for no
+    others."""
     return int.from_bytes(hashlib.sha256(combination.encode()).digest()[:8], "big") % HELD_OUT == 0
 
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections import Counter
 from random import Random
 
 import pytest
 from shapes import captions, data, make_suite
 
 from fluxkiln.bench import suite
-from fluxkiln.bench.shapes_scene import CELLS, COLORS, SHAPES, Scene, Thing, held_out
+from fluxkiln.bench.shapes_scene import CELLS, COLORS, SHAPES, STYLES, Scene, Thing, held_out
 
 KINDS = ("single", "pair", "count", "word")
 
 
-def test_no_caption_of_the_training_asks_for_a_held_out_combination() -> None:
+def test_the_training_neither_asks_for_nor_shows_a_held_out_combination() -> None:
     rng = Random(0)
-    trained = {data.training_sample(rng, edit=i % 2 == 1).combination for i in range(3000)}
+    samples = [data.training_sample(rng, edit=i % 2 == 1) for i in range(3000)]
+    trained = {sample.combination for sample in samples}
+    trained |= {scene.combination for sample in samples for scene in (sample.before, sample.scene) if scene is not None}
     assert not any(map(held_out, trained))
     asked = [*make_suite.samples(), *itertools.chain(*make_suite.sequences()), *(s for s, _ in make_suite.negatives())]
     suite_combinations = {sample.combination for sample in asked}
@@ -39,7 +42,7 @@ def test_the_committed_suites_are_what_the_code_makes() -> None:
         committed = [json.loads(line) for line in (suite.BUNDLED / f"{name}.jsonl").read_text().splitlines()]
         assert committed == json.loads(json.dumps(items))
         assert all(set(item) <= {field.name for field in dataclasses.fields(suite.Item)} for item in items)
-    assert len(suite.load("shapes")) == 1004
+    assert len(suite.load("shapes")) == 1076
 
 
 def test_a_sequence_keeps_one_object_and_each_turn_is_held_out() -> None:
@@ -89,6 +92,17 @@ def test_a_complete_caption_names_every_attribute(kind: str) -> None:
             assert f'"{sample.scene.word.lower()}"' in text
 
 
+def test_a_style_is_shown_as_often_as_any_other_and_nothing_else_of_the_picture_is_kept() -> None:
+    rng = Random(5)
+    samples = [captions.edit(rng, "reference") for _ in range(600)]
+    shown = Counter(sample.scene.things[0].style for sample in samples)
+    assert set(shown) == set(STYLES)
+    assert min(shown.values()) > 150
+    for field in ("shape", "color", "cell"):
+        pairs = [(getattr(s.before.things[0], field), getattr(s.scene.things[0], field)) for s in samples if s.before]
+        assert sum(a == b for a, b in pairs) < 200
+
+
 @pytest.mark.parametrize("kind", captions.EDITS)
 def test_an_edit_changes_what_it_says_and_nothing_else(kind: str) -> None:
     rng = Random(3)
@@ -97,6 +111,10 @@ def test_an_edit_changes_what_it_says_and_nothing_else(kind: str) -> None:
         before, after = sample.before, sample.scene
         assert before is not None
         assert before != after
+        if kind == "reference":
+            assert [thing.style for thing in before.things] == [thing.style for thing in after.things]
+            assert not any(style in sample.caption for style in STYLES)
+            continue
         if kind != "background":
             assert before.background == after.background
         else:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 from random import Random
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from shapes import autoencoder, captions, data, model, reading, train, workers
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from safetensors.torch import load_file
+from shapes import autoencoder, captions, data, model, plot, reading, rollouts, train, workers
 
 from fluxkiln import Pipeline
 from fluxkiln.autoencoder import Autoencoder
+from fluxkiln.hub import resolve
 
 TOOLS = Path(train.__file__).parents[1]
 CPU = torch.device("cpu")
@@ -79,30 +85,124 @@ def test_a_reader_is_right_only_about_what_is_said() -> None:
         (9, [(False, train.SQUARE)]),
         (10, [(False, train.SQUARE), (True, train.SQUARE)]),
         (20, [(False, train.SQUARE), (False, train.OTHER_SIZES), (True, train.EDIT_SIZES)]),
+        (30, [(False, train.SQUARE), (False, train.OTHER_SIZES), (True, train.EDIT_SIZES)]),
     ],
 )
 def test_a_step_draws_the_sizes_of_its_phase_and_as_many_tokens(step: int, drawn: list) -> None:
-    class Counting:
-        def __init__(self, edit: bool, size: tuple[int, int]) -> None:
-            self.edit, self.size = edit, size
-
-        def batch(self, n: int, rng: Random) -> data.Batch:
-            reference = torch.empty(n) if self.edit else None
-            return data.Batch(self.size, ["a star"] * n, torch.empty(n), reference, torch.empty(n))
-
-    sizes = {(False, size) for size in (train.USUAL, *train.OTHER_SIZES)} | {(True, size) for size in train.EDIT_SIZES}
-    pools: dict = {(edit, *size): Counting(edit, size) for edit, size in sizes}
-    phase = train.portions(step, Namespace(edits_from=10, sizes_from=20))
+    phase = train.portions(step, Namespace(edits_from=10, sizes_from=20, again_from=30))
+    assert [portion.own for portion in phase] == ([True, False, True] if step == 30 else [False] * len(phase))
     found: list[set] = [set() for _ in drawn]
     for seed in range(600):
         rng = Random(seed)
-        batches = [train.micro_batch(pools, rng, portion) for portion in phase]
-        lengths = [batch.size[0] * batch.size[1] // 256 * (1 + (batch.reference is not None)) + 32 for batch in batches]
-        tokens = sum(len(batch.captions) * length for batch, length in zip(batches, lengths, strict=True))
-        assert 3070 - sum(lengths) < tokens <= 3070
-        for seen, batch in zip(found, batches, strict=True):
-            seen.add((batch.reference is not None, batch.size))
+        counted = [train.size_and_count(rng, portion) for portion in phase]
+        lengths = [w * h // 256 * (1 + part.edit) + 32 for part, ((w, h), _) in zip(phase, counted, strict=True)]
+        tokens = sum(n * length for (_, n), length in zip(counted, lengths, strict=True))
+        assert sum(portion.tokens for portion in phase) - sum(lengths) < tokens <= sum(p.tokens for p in phase)
+        for seen, portion, (size, _) in zip(found, phase, counted, strict=True):
+            seen.add((portion.edit, size))
     assert found == [{(edit, size) for size in sizes} for edit, sizes in drawn]
+
+
+@pytest.fixture
+def pools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[bool, data.Pool]:
+    """Of prompts and of edits, each of 16 samples."""
+    monkeypatch.setattr(data, "CHUNK", 16)
+    encoder = Autoencoder(model.AUTOENCODER)
+    made = {edit: data.Pool(tmp_path / "latents", encoder, edit, 64, 64, seed=0) for edit in (False, True)}
+    for pool in made.values():
+        pool.grow(1)
+    return made
+
+
+@pytest.mark.parametrize("edit", [False, True])
+def test_what_is_certain_leaves_nothing_open(pools: dict[bool, data.Pool], edit: bool) -> None:
+    pool = pools[edit]
+    batch = pool.batch(300, Random(0), certain=True)
+    assert batch.guidance.min() >= 2
+    for caption, target in zip(batch.captions, batch.target, strict=True):
+        (i,) = [i for i in range(16) if torch.equal(pool.latents[0][i, 0].float(), target)]
+        sample = pool.samples[i]
+        if edit:
+            assert caption == sample.caption
+            continue
+        scene = sample.scene
+        said = [*scene.background.colors, *(thing.color for thing in scene.things)]
+        said += [thing.size for thing in scene.things if scene.relation != "inside"]
+        assert all(word in caption.lower() for word in said)
+    assert "" in pool.batch(300, Random(0)).captions
+
+
+@pytest.mark.parametrize("edit", [False, True])
+def test_places_on_own_paths_are_where_eulers_steps_lead(
+    pools: dict[bool, data.Pool], tokenizers: Path, edit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a velocity whose paths are known: each sample drifts as fast as its guidance says."""
+    pool = pools[edit]
+
+    def drift(predict: object, img: torch.Tensor, reference: torch.Tensor | None, size: tuple, *rest: torch.Tensor):
+        assert size == (64, 64)
+        assert (reference is not None) is edit
+        *_, guidance = rest
+        return guidance[:, None, None].expand_as(img)
+
+    monkeypatch.setattr(rollouts, "velocity", drift)
+    monkeypatch.setattr(rollouts, "STEPS", (9, 9))
+    denoiser, paths, rng = model.Denoiser(tokenizers), rollouts.Rollouts(pool), Random(3)
+    for _ in range(rollouts.KEPT + 2):
+        paths.roll(denoiser, rng)
+    assert len(paths.rolls) == rollouts.KEPT
+    batch, img, t = places = paths.batch(60, rng)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.58)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 9, 9).tolist())
+    steps = scheduler.sigmas[1:-1]
+    assert len(t.unique()) == 8
+    assert all((steps - at).abs().min() < 1e-6 for at in t)
+    # Noise has the mean 0 and the deviation 1; 1024 numbers of it have a mean within 0.15.
+    torch.testing.assert_close(img.mean((1, 2)), batch.guidance * (t - 1), atol=0.15, rtol=0)
+    torch.testing.assert_close(img.std((1, 2)), torch.ones(60), atol=0.1, rtol=0)
+    for n, target in enumerate(batch.target):
+        (i,) = [i for i in range(16) if torch.equal(pool.latents[0][i, 0].float(), target)]
+        if edit:
+            assert batch.captions[n] == pool.samples[i].caption
+            assert batch.reference is not None
+            assert torch.equal(batch.reference[n], pool.latents[0][i, 1].float())
+    monkeypatch.setattr(paths, "batch", lambda n, rng: places)
+    wanted = train.own(paths, 60, rng)
+    torch.testing.assert_close(img - t[:, None, None] * wanted.velocity, batch.target)
+
+
+@pytest.mark.parametrize("edit", [False, True])
+def test_late_places_on_own_paths_count_by_the_picture(
+    pools: dict[bool, data.Pool], edit: bool, tokenizers: Path
+) -> None:
+    """From a velocity of zero, one time's places at a time: below 0.4 the loss is the picture's error over 0.4."""
+    batch = pools[edit].batch(3, Random(0))
+    denoiser, noise = model.Denoiser(tokenizers), torch.Generator()
+
+    def still(img: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(img)
+
+    for at, counts_at in ((0.9, 0.9), (0.5, 0.5), (0.4, 0.4), (0.2, 0.4), (0.1, 0.4)):
+        img, t = batch.target + torch.randn(batch.target.shape), torch.full((3,), at)
+        paths = SimpleNamespace(batch=lambda n, rng, img=img, t=t: (batch, img, t))
+        places = train.own(paths, 3, Random(0))
+        error = (img - batch.target).square().mean().item()
+        loss = train.velocity_loss(denoiser, still, places, noise, CPU).item()
+        assert loss == pytest.approx(error / counts_at**2, rel=1e-4)
+        both = train.joined(places, train.straight(batch, 0.4, noise))
+        assert both.weight.tolist() == [*places.weight.tolist(), 1, 1, 1]
+        assert both.batch.captions == 2 * batch.captions
+        assert torch.equal(both.img[:3], img)
+
+
+def test_the_rate_falls_to_zero_twice() -> None:
+    def rate(step: int, **more: int) -> float:
+        return train.learning_rate(step, Namespace(**{"steps": 1500, "again_from": 1000, "decay": 500} | more))
+
+    peak = train.LEARNING_RATE
+    assert [rate(step) / peak for step in (0, 99, 500, 750)] == pytest.approx([0.01, 1, 1, 0.5])
+    assert [rate(step) / peak for step in (999, 1000, 1249, 1499)] == pytest.approx([0.002, 0.005, 0.251, 0.001])
+    assert rate(400, steps=500) / peak == pytest.approx(0.2)  # a run that is to end before
 
 
 def test_the_asked_share_of_times_lies_where_the_prompt_is_read() -> None:
@@ -112,6 +212,15 @@ def test_the_asked_share_of_times_lies_where_the_prompt_is_read() -> None:
     # The rest is drawn as ever, and reaches there too.
     usual = (plain > 0.8).float().mean().item()
     assert (early > 0.8).float().mean().item() == pytest.approx(0.65 + 0.35 * usual, abs=0.02)
+
+
+def test_straight_places_lie_between_noise_and_picture(pools: dict[bool, data.Pool]) -> None:
+    batch = pools[True].batch(50, Random(0))
+    places = train.straight(batch, 0.4, torch.Generator().manual_seed(0))
+    t = places.t[:, None, None]
+    torch.testing.assert_close(places.img - t * places.velocity, batch.target)
+    noise = places.img + (1 - t) * places.velocity
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_short_text_is_the_same_text_with_less_padding(tokenizers: Path) -> None:
@@ -149,6 +258,23 @@ def test_latents_stay_with_their_captions(tmp_path: Path, monkeypatch: pytest.Mo
     assert grown(encoders[0]).samples != first.samples
 
 
+def test_curves_fall_and_rise_where_the_numbers_do(tmp_path: Path) -> None:
+    losses = [{"stage": "reading", "step": step, "loss": 100.0 / step} for step in (1, 10, 100)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in losses))
+    judged = [
+        {"snapshot": f"average-{step:06}", "each": 9, "single": share} for step, share in ((200, 1.0), (100, 0.0))
+    ]
+    (tmp_path / "accuracy.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in judged))
+    plot.curves(tmp_path)
+    picture = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
+    assert picture.shape == (2 * plot.HEIGHT, plot.WIDTH, 3)
+    for panel, falls in zip(np.split(picture, 2), (True, False), strict=True):
+        line = (panel == plot.COLORS[0]).all(-1)
+        heights = [np.flatnonzero(line[:, x]).mean() for x in range(plot.LEFT + 5, plot.WIDTH - plot.RIGHT - 5, 50)]
+        assert heights == sorted(heights, reverse=not falls)
+        assert max(heights) - min(heights) > 0.8 * (plot.HEIGHT - plot.TOP - plot.BOTTOM)
+
+
 @pytest.mark.parametrize("stage", [reading, autoencoder])
 def test_a_stage_that_was_stopped_goes_on_where_it_was(
     stage: ModuleType, tokenizers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -182,6 +308,52 @@ def test_a_stage_that_was_stopped_goes_on_where_it_was(
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
+def test_the_denoiser_goes_on_where_it_was_on_its_own_paths_too(
+    tokenizers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "SAVE_EVERY", 2)
+    monkeypatch.setattr(data, "CHUNK", 8)
+    monkeypatch.setattr(train, "FIRST_CHUNKS", 1)
+    monkeypatch.setattr(rollouts, "SAMPLES", 8)
+    rolled: list[torch.Tensor] = []
+    roll = rollouts.Rollouts.roll
+
+    def watched(self: rollouts.Rollouts, averaged: model.Denoiser, rng: Random) -> None:
+        rolled.append(averaged.t5.shared.weight.clone())
+        roll(self, averaged, rng)
+
+    monkeypatch.setattr(rollouts.Rollouts, "roll", watched)
+    monkeypatch.setattr(rollouts, "STEPS", (2, 3))
+    monkeypatch.setattr(train, "average_gradients", lambda parameters: None)
+    monkeypatch.setattr(plot, "curves", lambda run: None)  # two steps are too few to log
+    own = [train.Portion(edit, train.SQUARE, 250, 0.4, own=True) for edit in (False, True)]
+    monkeypatch.setattr(train, "portions", lambda step, args: own)
+    torch.manual_seed(0)
+    encoder, t5 = Autoencoder(model.AUTOENCODER).state_dict(), model.Denoiser(tokenizers).t5.state_dict()
+
+    def run(name: str, steps: int) -> dict:
+        folder = tmp_path / name
+        if not folder.exists():
+            shutil.copytree(tokenizers, folder / "tokenizers")
+            torch.save(encoder, folder / "autoencoder.pt")
+            torch.save(t5, folder / "t5.pt")
+        # Without a decay, the rate does not depend on how many steps there will be.
+        args = Namespace(run=folder, steps=steps, decay=0, seed=0, device=CPU, compile=False, sizes_from=99)
+        args.again_from = 99
+        train.train_denoiser(0, args)
+        return torch.load(folder / "denoiser.pt")
+
+    whole = run("whole", 4)
+    assert run("stopped", 2)["step"] == 2
+    resumed = run("stopped", 4)
+    assert whole["step"] == resumed["step"] == 4
+    assert all(torch.equal(tensor, resumed["model"][name]) for name, tensor in whole["model"].items())
+    assert all(map(torch.equal, whole["average"], resumed["average"]))
+    assert len(rolled) == 2 * 2 * 2  # for prompts and edits, at steps 0 and 2 of each run
+    assert torch.equal(rolled[2], rolled[6])
+    assert not torch.equal(rolled[0], rolled[2])  # by the averaged weights as they are then
+
+
 def test_workers_of_the_autoencoder_draw_noise_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture, seen = torch.rand(2, 3, 32, 32), []
     monkeypatch.setattr(autoencoder, "_pictures", lambda rng: picture)
@@ -193,20 +365,45 @@ def test_workers_of_the_autoencoder_draw_noise_of_their_own(tmp_path: Path, monk
     assert torch.equal(seen[1], seen[2])
 
 
+def test_a_run_that_begins_from_a_pipeline_has_its_weights(tmp_path: Path) -> None:
+    """Those of the bundled model, to the bit, and they can be written again."""
+    bundled, run = resolve("shapes"), tmp_path / "run"
+    run.mkdir()
+    train.begin_from(bundled, run, step=10)
+    state = torch.load(run / "denoiser.pt")
+    assert (state["step"], state["first"]) == (10, 10)
+    torch.save(state["average"], tmp_path / "average.pt")
+    shutil.copytree(run / "tokenizers", tmp_path / "again")
+    autoencoder = train.load_autoencoder(run / "autoencoder-whitened.pt")
+    model.save_pipeline(tmp_path / "again", train.load_denoiser(run, tmp_path / "average.pt"), autoencoder)
+    files = [path.relative_to(bundled) for path in bundled.rglob("*.safetensors")]
+    assert len(files) == 4
+    for file in files:
+        shipped, written = load_file(bundled / file), load_file(tmp_path / "again" / file)
+        assert shipped.keys() == written.keys()
+        assert all(torch.equal(tensor, written[name]) for name, tensor in shipped.items())
+
+
 @pytest.mark.long  # makes tokenizers, an autoencoder and thousands of latents from nothing
 def test_one_command_trains_resumes_and_writes_a_pipeline(tmp_path: Path) -> None:
-    def command(steps: int) -> None:
+    def command(run: str, out: str, steps: int, *more: str) -> None:
         few = ("--reading-steps", "50", "--autoencoder-steps", "2", "--polish-steps", "2", "--decay", "2")
-        late = ("--steps", str(steps), "--edits-from", "1")
-        folders = ("--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"))
-        subprocess.run([sys.executable, "-m", "shapes.train", *folders, *few, *late], cwd=TOOLS, check=True)
+        late = ("--steps", str(steps), "--edits-from", "1", "--sizes-from", "1", "--again-from", "2")
+        folders = ("--run", str(tmp_path / run), "--out", str(tmp_path / out))
+        subprocess.run([sys.executable, "-m", "shapes.train", *folders, *few, *late, *more], cwd=TOOLS, check=True)
 
-    command(3)
+    def logged(run: str) -> list[dict]:
+        return [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+
+    command("run", "out", 3)
     first = torch.load(tmp_path / "run" / "denoiser.pt")
-    command(4)
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in log if entry["stage"] == "denoiser"] == [3, 4]
-    assert sum(entry["stage"] == "reading" for entry in log) == 1  # not done again
+    command("run", "out", 4)
+    assert [entry["step"] for entry in logged("run") if entry["stage"] == "denoiser"] == [3, 4]
+    assert sum(entry["stage"] == "reading" for entry in logged("run")) == 1  # not done again
+    command("again", "better", 3, "--start", str(tmp_path / "out"))
+    assert [(entry["stage"], entry["step"]) for entry in logged("again")] == [("denoiser", 3)]
+    encoders = [model.load_pipeline(tmp_path / out)[1].encoder.state_dict() for out in ("out", "better")]
+    assert all(torch.equal(tensor, encoders[1][name]) for name, tensor in encoders[0].items())
     last = torch.load(tmp_path / "run" / "denoiser.pt")
     assert (first["step"], last["step"]) == (3, 4)
     size = (model.PICTURE, model.PICTURE)

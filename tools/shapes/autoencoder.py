@@ -25,8 +25,9 @@ from .workers import average_gradients
 _SIZES = ((64, 64, 8), (96, 96, 4), (64, 128, 4), (128, 64, 4), (128, 128, 2), (96, 64, 5))
 _CROP, _CROPS = 32, 24  # side in pixels, and how many a step
 # Most noise on a latent, in its standard deviations. The denoiser's own latents are 0.1 to 0.25 beside the true ones:
-# what the decoder has to tell apart, the encoder puts further apart than that.
-_NOISE = 0.4
+# what the decoder has to tell apart, the encoder puts further apart than that. Once the encoder has settled, the
+# decoder sees less of it: what differs by less than the noise it can only blur.
+_NOISE, _POLISH_NOISE = 0.4, 0.2
 
 
 def _pictures(rng: Random) -> Tensor:
@@ -93,7 +94,7 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average, start = state["average"], state["step"]
-    total, peak = 0.0, 1.5e-3 if encoder_from else 3e-3
+    total, peak, most_noise = 0.0, *((1.5e-3, _POLISH_NOISE) if encoder_from else (3e-3, _NOISE))
     for step in range(start, steps):
         rng = Random(f"{seed} {path.stem} {step} {rank}")
         noise = torch.Generator().manual_seed(rng.getrandbits(62))
@@ -102,7 +103,7 @@ def train(
         picture = _pictures(rng).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             mean, _ = model.encode_moments(picture)
-            strength = _NOISE * torch.rand(len(mean), 1, 1, 1, generator=noise).to(device)
+            strength = most_noise * torch.rand(len(mean), 1, 1, 1, generator=noise).to(device)
             spread = strength * mean.detach().float().std((0, 2, 3), keepdim=True)
             raw = mean + spread * torch.randn(mean.shape, generator=noise).to(device)
             again = model.decode((raw - config.shift_factor) * config.scaling_factor).float()

@@ -1,7 +1,7 @@
 """Random scenes and edits, and the sentences that describe them.
 
 `text_to_image(rng)` gives (caption, scene), `edit(rng)` gives (instruction, scene before, scene after). Both draw the
-whole world, held-out combinations included; `Sample.held_out` tells training and benchmark apart.
+whole world, held-out combinations included; `data.training_sample` leaves those to the benchmark.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fluxkiln.bench.shapes_scene import (
     RELATIONS,
     SHAPES,
     SIZES,
+    STYLES,
     Background,
     Scene,
     Thing,
@@ -55,10 +56,10 @@ WORDS = [
 # fmt: on
 
 
-EDITS = ("recolor", "remove", "add", "move", "resize", "background", "style")
+EDITS = ("recolor", "remove", "add", "move", "resize", "background", "style", "reference")
 # How often training draws each kind: text to image (single, pair, count, word, empty), then EDITS.
-TEXT_SHARES = (30, 50, 15, 4, 1)
-EDIT_SHARES = (8, 3, 2, 2, 4, 8, 8)
+TEXT_SHARES = (16, 38, 15, 30, 1)
+EDIT_SHARES = (7, 2, 3, 2, 5, 9, 7, 6)
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,14 @@ def random_thing(rng: Random, taken: tuple[str, ...]) -> Thing:
     shape, size = rng.choice(SHAPES), rng.choice(list(SIZES))
     thing = Thing.of(shape, _color_for(rng, *taken), size, rng.choice(list(CELLS)))
     return thing.replace(style=_style(rng, shape, thing.radius))
+
+
+def _styled_thing(rng: Random, style: str) -> Thing:
+    shapes, sizes = list(SHAPES), list(SIZES)
+    if style == "outlined":  # thin shapes and small ones are not
+        shapes, sizes = [s for s in shapes if s not in ("star", "cross")], [s for s in sizes if s != "small"]
+    thing = Thing.of(rng.choice(shapes), rng.choice(list(COLORS)), rng.choice(sizes), rng.choice(list(CELLS)))
+    return thing.replace(style=style)
 
 
 def _two_things(rng: Random, background: Background) -> tuple[tuple[Thing, ...], str]:
@@ -318,6 +327,15 @@ def _edit(rng: Random, kind: str) -> Sample:
         after = before.replace(things=(thing.replace(style=style), *rest))
         words = {"striped": ("striped",), "outlined": ("outlined",), "plain": ("plain", "solid")}[style]
         forms = [f"make {name} {rng.choice(words)}", f"draw {name} {rng.choice(words)}"]
+    elif kind == "reference":
+        # Another thing somewhere else, and the words do not say in which style.
+        style = rng.choice(STYLES)
+        before, after = (Scene(random_background(rng, ("plain",)), (_styled_thing(rng, style),)) for _ in range(2))
+        new, on = after.things[0], describe_background(rng, after.background)
+        forms = [
+            f"{_article(describe_thing(new, style=False))} {rng.choice(PLACES[new.cell])} of {on} in {which} style"
+            for which in ("the same", "this")
+        ]
     else:
         raise ValueError(f"expected one of {', '.join(EDITS)}; got {kind!r}")
     return Sample(kind, _sentence(rng, rng.choice(forms)), after, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fluxkiln.autoencoder import Autoencoder
-from fluxkiln.bench.shapes_scene import Scene, draw
+from fluxkiln.bench.shapes_scene import Scene, draw, held_out
 
 from . import captions
 from .model import pack
@@ -29,10 +30,12 @@ def pixels(scenes: list[Scene], width: int, height: int) -> Tensor:
 
 
 def training_sample(rng: Random, edit: bool) -> captions.Sample:
-    """A sample that the benchmark does not hold out."""
-    while (sample := captions.edit(rng) if edit else captions.text_to_image(rng)).held_out:
-        pass
-    return sample
+    """A sample of which the benchmark holds out neither what is asked for nor a picture."""
+    while True:
+        sample = captions.edit(rng) if edit else captions.text_to_image(rng)
+        scenes = [scene for scene in (sample.before, sample.scene) if scene is not None]
+        if not sample.held_out and not any(held_out(scene.combination) for scene in scenes):
+            return sample
 
 
 @dataclass
@@ -44,6 +47,18 @@ class Batch:
     target: Tensor
     reference: Tensor | None
     guidance: Tensor
+
+    def __getitem__(self, part: slice) -> Batch:
+        reference = None if self.reference is None else self.reference[part]
+        return Batch(self.size, self.captions[part], self.target[part], reference, self.guidance[part])
+
+    @staticmethod
+    def joined(parts: Sequence[Batch]) -> Batch:
+        """Batches of one kind and size as one."""
+        captions = [caption for part in parts for caption in part.captions]
+        references = [part.reference for part in parts if part.reference is not None]
+        target, guidance = torch.cat([part.target for part in parts]), torch.cat([part.guidance for part in parts])
+        return Batch(parts[0].size, captions, target, torch.cat(references) if references else None, guidance)
 
 
 class Pool:
@@ -88,8 +103,8 @@ class Pool:
         pictures = pixels(scenes, *self.size).to(next(self.autoencoder.parameters()).device)
         return pack(self.autoencoder.encode(pictures).detach()).to("cpu", torch.bfloat16)
 
-    def batch(self, n: int, rng: Random) -> Batch:
-        """`n` random samples, with what teaches guidance mixed in.
+    def batch(self, n: int, rng: Random, certain: bool = False) -> Batch:
+        """`n` random samples, with what teaches guidance mixed in, or `certain`: one picture alone is asked for.
 
         Guidance is the chance that the prompt is to be believed: below 2, the picture has nothing to do with the
         prompt with probability (1 - guidance / 2)^2, so that 0 ignores the prompt and 2 and above follow it. An empty
@@ -100,13 +115,13 @@ class Pool:
         for _ in range(n):
             i = rng.randrange(len(self.samples))
             latents = self.latents[i // CHUNK][i % CHUNK].float()
-            guidance = rng.uniform(0, 2) if rng.random() < 0.2 else rng.uniform(2, 6)
-            told = self.samples[i]
+            guidance = rng.uniform(0, 2) if rng.random() < 0.2 and not certain else rng.uniform(2, 6)
+            told, complete = self.samples[i], certain or rng.random() < COMPLETE
             ignore = rng.random() < max(0.0, 1 - guidance / 2) ** 2
             if ignore and not self.edit:
                 told = rng.choice(self.samples)
-            text = told.caption if self.edit else captions.caption_of(rng, told.scene, rng.random() < COMPLETE)
-            if rng.random() < 0.08:
+            text = told.caption if self.edit else captions.caption_of(rng, told.scene, complete)
+            if rng.random() < 0.08 and not certain:
                 text, ignore = "", True
             texts.append(text)
             targets.append(latents[1] if self.edit and ignore else latents[0])

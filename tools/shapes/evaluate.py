@@ -3,7 +3,8 @@
     python -m shapes.evaluate --run RUN          in tools/
 
 Quicker than `fluxkiln bench image`, since it samples in batches; the numbers that count are the benchmark's. The
-pictures are kept in `RUN/pictures`, a folder for each snapshot, as `fluxkiln bench image compare` takes them.
+pictures are kept in `RUN/pictures`, a folder for each snapshot, as `fluxkiln bench image compare` takes them, and the
+curve is drawn into `RUN/loss.png`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fluxkiln.bench import image
 from fluxkiln.bench.fidelity import contact_sheet
 from fluxkiln.bench.suite import Item
 
+from . import plot
 from .data import pixels
 from .model import PICTURE, Denoiser, sample
 from .train import load_autoencoder, load_denoiser
@@ -64,6 +66,7 @@ def main() -> None:
         with open(args.run / "accuracy.jsonl", "a") as file:
             shares = {category: entry["right"] / entry["n"] for category, entry in summary.items()}
             file.write(json.dumps({"snapshot": snapshot.stem, "each": args.limit, **shares}) + "\n")
+        plot.curves(args.run)
         if args.sheet:
             rows = ((item.prompt, image.pictures(item, folder, PICTURE)) for item in items)
             contact_sheet(rows, PICTURE).save(args.sheet)

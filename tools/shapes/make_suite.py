@@ -18,7 +18,7 @@ from . import captions
 from .captions import Sample
 
 COUNTS = {"single": 150, "pair": 150, "count": 100, "word": 100}
-EDITS_EACH = 72  # of each of the seven kinds
+EDITS_EACH = 72  # of each kind
 SEQUENCES, TURNS = 50, 5
 NEGATIVES = 96  # as many for each colour
 
@@ -48,7 +48,8 @@ def _sequence(rng: Random) -> list[Sample]:
     turns: list[Sample] = []
     while len(turns) < TURNS:
         last = turns[-1].kind if turns else None
-        kinds = ["remove"] if len(scene.things) > 1 else [k for k in captions.EDITS if k not in (last, "remove")]
+        kinds = [k for k in captions.EDITS if k not in (last, "remove", "reference")]
+        kinds = ["remove"] if len(scene.things) > 1 else kinds
         turn = next((t for t in (_turn(rng, rng.choice(kinds), scene) for _ in range(1000)) if t is not None), None)
         if turn is None:  # nothing held out leads on from here
             return _sequence(rng)

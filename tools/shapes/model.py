@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from fluxkiln.autoencoder import Autoencoder, AutoencoderConfig
+from fluxkiln.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from fluxkiln.autoencoder import diffusers_tensors as autoencoder_to_diffusers
 from fluxkiln.bench.peers import diffusers_state
+from fluxkiln.checkpoint import open_checkpoint
 from fluxkiln.config import FluxConfig
 from fluxkiln.transformer import Transformer
 
@@ -177,6 +178,41 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     )
 
 
+def velocity(
+    predict: Callable[..., Tensor],
+    img: Tensor,
+    reference: Tensor | None,
+    size: tuple[int, int],
+    txt: Tensor,
+    pooled: Tensor,
+    t: Tensor,
+    guidance: Tensor,
+) -> Tensor:
+    """What `predict`, a `Denoiser` or a compiled one, says of the tokens `img` alone.
+
+    Args:
+        reference: tokens of the pictures to edit.
+        size: (width, height) of both in pixels.
+    """
+    width, height = (side // 16 for side in size)
+    tokens, ids = img, position_ids(height, width)
+    if reference is not None:
+        tokens = torch.cat((img, reference), 1)
+        ids = torch.cat((ids, position_ids(height, width, 1)))
+    return predict(tokens, txt, pooled, t, guidance, ids.to(img.device))[:, : img.shape[1]]
+
+
+def path(of: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Plain Euler steps from noise `x` by the velocity `of(x, t [B])`: the time and x before each step, and at the end
+    0 and what was made."""
+    times = torch.linspace(1, 0, steps + 1)
+    times = 1.58 * times / (1 + 0.58 * times)  # FLUX.1's shift for 16 tokens
+    for now, after in itertools.pairwise(times):
+        yield now, x
+        x = x + (after - now) * of(x, now.expand(len(x)).to(x.device)).float()
+    yield times[-1], x
+
+
 @torch.no_grad()
 def sample(
     model: Denoiser,
@@ -190,22 +226,15 @@ def sample(
     guidance: float = 3.5,
     seed: int = 0,
 ) -> Tensor:
-    """Pictures `[B, 3, H, W]` in -1..1 by plain Euler steps; `references` are pictures to edit."""
+    """Pictures `[B, 3, H, W]` in -1..1; `references` are pictures to edit."""
     h, w = height // 16, width // 16
-    txt, pooled = model.encode(captions)
+    text = model.encode(captions)
     x = torch.randn(len(captions), h * w, 64, generator=torch.Generator().manual_seed(seed))
-    ids, extra = position_ids(h, w), None
-    if references is not None:
-        extra = pack(autoencoder.encode(references))
-        ids = torch.cat((ids, position_ids(h, w, 1)))
+    extra = None if references is None else pack(autoencoder.encode(references))
     strength = torch.full((len(captions),), guidance)
-    times = torch.linspace(1, 0, steps + 1)
-    times = 1.58 * times / (1 + 0.58 * times)  # FLUX.1's shift for 16 tokens
-    for now, after in itertools.pairwise(times):
-        tokens = x if extra is None else torch.cat((x, extra), 1)
-        v = model(tokens, txt, pooled, now.expand(len(captions)), strength, ids)[:, : h * w]
-        x = x + (after - now) * v
-    return autoencoder.decode(unpack(x, h, w)).clamp(-1, 1)
+    of = lambda x, t: velocity(model, x, extra, (width, height), *text, t, strength)  # noqa: E731
+    *_, (_, made) = path(of, x, steps)
+    return autoencoder.decode(unpack(made, h, w)).clamp(-1, 1)
 
 
 def _save(tensors: dict[str, Tensor], folder: Path, name: str, config: dict) -> None:
@@ -214,6 +243,17 @@ def _save(tensors: dict[str, Tensor], folder: Path, name: str, config: dict) -> 
     save_file(data, folder / f"{name}.tmp", metadata={"format": "pt"})
     os.replace(folder / f"{name}.tmp", folder / name)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+@torch.no_grad()
+def load_pipeline(folder: Path) -> tuple[Denoiser, Autoencoder]:
+    """What `save_pipeline` wrote, in fp32."""
+    model, stored = Denoiser(folder), open_checkpoint(folder)
+    for name, tensor in model.native().items():
+        tensor.copy_(stored.dense(name, torch.float32))
+    for part, module in (("text_encoder", model.clip), ("text_encoder_2", model.t5)):
+        module.load_state_dict(type(module).from_pretrained(folder / part).state_dict())
+    return model, load_autoencoder(folder)
 
 
 def save_tokenizers(folder: Path) -> None:

@@ -50,7 +50,7 @@ def facts(sample: captions.Sample) -> dict[str, str]:
     if before is None:
         things = dict(enumerate(scene.things[: 1 if kind == "count" else 2]))
     else:
-        things = {} if kind == "add" else {0: before.things[0]}
+        things = {} if kind in ("add", "reference") else {0: before.things[0]}
         if kind != "remove":
             things[1] = scene.things[-1 if kind == "add" else 0]
     found = {"kind": kind}
@@ -58,7 +58,7 @@ def facts(sample: captions.Sample) -> dict[str, str]:
         fields = _THING if before is None or i else ("shape", "color")
         found |= {f"{field} {i}": value for field in fields if (value := getattr(thing, field)) in said}
     told = ("background" in said or "gradient" in said) and all(color in said for color in scene.background.colors)
-    if told and (before is None or kind == "background"):
+    if told and (before is None or kind in ("background", "reference")):
         found["background"] = scene.background.kind
         found |= {f"background {i}": color for i, color in enumerate(scene.background.colors)}
     if kind == "pair":

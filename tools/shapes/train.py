@@ -3,7 +3,8 @@
     tokenizers   from the captions' own words
     autoencoder  pictures to 16 channels of latents and back; latents whitened, the decoder polished
     reading      T5 alone: what do the captions say
-    denoiser     FLUX.1 transformer, CLIP and T5 together; what its steps are made of changes, see `portions`
+    denoiser     FLUX.1 transformer, CLIP and T5 together; what its steps are made of changes, see `portions`; the
+                 learning rate falls to zero twice, and `--start` takes a finished pipeline through the second time
 
 Every stage is seeded and resumes where it stopped. Training runs in `--workers` processes of one thread each that
 average their gradients: on few cores this is faster than threads, which wait for each other at every operation. On a
@@ -13,6 +14,7 @@ GPU, one should do: `--device cuda --workers 1` (no GPU has run it yet).
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import time
@@ -25,15 +27,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import mse_loss
 
 from fluxkiln.autoencoder import Autoencoder
 
 from . import autoencoder as ae
-from . import plot, reading, workers
+from . import plot, reading, rollouts, workers
 from .data import Batch, Pool
-from .model import AUTOENCODER, PICTURE, Denoiser, position_ids, save_pipeline, save_tokenizers
+from .model import AUTOENCODER, PICTURE, Denoiser, load_pipeline, save_pipeline, save_tokenizers, velocity
 from .muon import Muon, matrices
+from .rollouts import Rollouts
 from .vocabulary import MAX_LENGTH
 from .workers import average_gradients
 
@@ -49,13 +51,14 @@ FIRST_CHUNKS, GROW_EVERY = 14, 80  # chunks of 256 at the start, and steps betwe
 
 
 class Portion(NamedTuple):
-    """Samples of one kind in a step: shares of sizes, one of which is drawn, tokens in all, text included, and the
-    share of times above 0.8."""
+    """Samples of one kind in a step: shares of sizes, one of which is drawn, tokens in all, text included, the share
+    of times above 0.8, and whether half of those of 64 px lie on the model's own paths."""
 
     edit: bool
     sizes: Mapping[tuple[int, int], float]
     tokens: int
     early: float
+    own: bool = False
 
 
 def portions(step: int, args: argparse.Namespace) -> list[Portion]:
@@ -63,17 +66,16 @@ def portions(step: int, args: argparse.Namespace) -> list[Portion]:
 
     So it is with 64 px at first, and with every other size when its turn comes, mostly at times where it is decided;
     but a few hundred steps of nothing else cost all that was known of 64 px. Edits take longest to learn, so most
-    tokens are theirs.
+    tokens are theirs. When little but its own errors is left, the model is shown these, see `rollouts`.
     """
     if step < args.edits_from:
         return [Portion(False, SQUARE, 3070, 0.8)]
     if step < args.sizes_from:
         return [Portion(False, SQUARE, 920, 0.4), Portion(True, SQUARE, 2150, 0.4)]
-    return [
-        Portion(False, SQUARE, 600, 0.4),
-        Portion(False, OTHER_SIZES, 770, 0.65),
-        Portion(True, EDIT_SIZES, 1700, 0.4),
-    ]
+    other = Portion(False, OTHER_SIZES, 770, 0.65)
+    if step < args.again_from:
+        return [Portion(False, SQUARE, 600, 0.4), other, Portion(True, EDIT_SIZES, 1700, 0.4)]
+    return [Portion(False, SQUARE, 770, 0.4, own=True), other, Portion(True, EDIT_SIZES, 1670, 0.4, own=True)]
 
 
 def times(n: int, noise: torch.Generator, early: float) -> Tensor:
@@ -88,37 +90,71 @@ def times(n: int, noise: torch.Generator, early: float) -> Tensor:
     return torch.where(kind < early, 0.8 + 0.2 * start, torch.where(kind < early + 0.1, anywhere, middle))
 
 
-def velocity_loss(model: Denoiser, predict: nn.Module, batch: Batch, t: Tensor, noise: torch.Generator) -> Tensor:
-    """Flow matching: the velocity of `predict`, `model` itself or compiled, against noise - picture at times `t [B]`.
+class Places(NamedTuple):
+    """Latents `img [B, L, 64]` on the way from noise to the pictures of a batch, at times `t [B]`, the velocity wanted
+    there, and what an error in it counts, `[B]`."""
+
+    batch: Batch
+    img: Tensor
+    t: Tensor
+    velocity: Tensor
+    weight: Tensor
+
+
+def straight(batch: Batch, early: float, noise: torch.Generator) -> Places:
+    """On the straight lines from noise to picture."""
+    t, x1 = times(len(batch.captions), noise, early), torch.randn(batch.target.shape, generator=noise)
+    img = torch.lerp(batch.target, x1, t[:, None, None])
+    return Places(batch, img, t, x1 - batch.target, torch.ones_like(t))
+
+
+def own(paths: Rollouts, n: int, rng: Random) -> Places:
+    """On `n` paths of the model's own: wanted is the velocity that leads to the picture from there.
+
+    In it, an error of the picture is divided by the time. Below 0.4 that is made good: the last steps, in which the
+    picture hardly changes any more, would be most of the loss.
+    """
+    batch, img, t = paths.batch(n, rng)
+    return Places(batch, img, t, (img - batch.target) / t[:, None, None], (t / 0.4).clamp(max=1).square())
+
+
+def joined(first: Places, second: Places) -> Places:
+    batch = Batch.joined((first.batch, second.batch))
+    return Places(batch, *map(torch.cat, zip(first[1:], second[1:], strict=True)))
+
+
+def velocity_loss(
+    model: Denoiser, predict: nn.Module, places: Places, noise: torch.Generator, device: torch.device
+) -> Tensor:
+    """Flow matching: the velocity of `predict`, `model` itself or compiled, against the one wanted.
 
     Two batches in three have the shortest text length that holds their captions: over a third of the tokens would be
     padding. The rest have all 32, as pipelines do.
     """
-    (width, height), x0 = batch.size, batch.target.to(t.device)
-    x1 = torch.randn(x0.shape, generator=noise).to(t.device)
-    img = torch.lerp(x0, x1, t[:, None, None])
-    ids = position_ids(height // 16, width // 16)
-    if batch.reference is not None:
-        blur = 0.03 * torch.randn(batch.reference.shape, generator=noise)
-        img = torch.cat((img, (batch.reference + blur).to(t.device)), 1)
-        ids = torch.cat((ids, position_ids(height // 16, width // 16, 1)))
+    batch, reference = places.batch, places.batch.reference
+    if reference is not None:
+        reference = (reference + 0.03 * torch.randn(reference.shape, generator=noise)).to(device)
+    img, t, wanted, guidance = (x.to(device) for x in (places.img, places.t, places.velocity, batch.guidance))
     short = torch.rand((), generator=noise).item() < 2 / 3
     # At these lengths the fused attention's backward takes twice as long as plain products do on a CPU.
-    with torch.autocast(t.device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        txt, pooled = model.encode(batch.captions, short)
-        velocity = predict(img, txt, pooled, t, batch.guidance.to(t.device), ids.to(t.device))[:, : x0.shape[1]]
-    return mse_loss(velocity.float(), x1 - x0)
+    with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        text = model.encode(batch.captions, short)
+        found = velocity(predict, img, reference, batch.size, *text, t, guidance)
+    return (places.weight.to(device) * (found.float() - wanted).square().mean((1, 2))).mean()
 
 
-def micro_batch(pools: Mapping[tuple, Pool], rng: Random, portion: Portion) -> Batch:
+def size_and_count(rng: Random, portion: Portion) -> tuple[tuple[int, int], int]:
+    """One of the portion's sizes, and how many samples of it there are."""
     width, height = rng.choices(list(portion.sizes), list(portion.sizes.values()))[0]
-    n = max(4, portion.tokens // (width * height // 256 * (2 if portion.edit else 1) + MAX_LENGTH))
-    return pools[portion.edit, width, height].batch(n, rng)
+    return (width, height), max(4, portion.tokens // (width * height // 256 * (1 + portion.edit) + MAX_LENGTH))
 
 
-def learning_rate(step: int, steps: int, decay: int) -> float:
-    """Constant after a warm-up, then linear to zero over the last `decay` steps: any run can be cut short or go on."""
-    return LEARNING_RATE * min(1.0, (step + 1) / WARMUP, (steps - step) / max(decay, 1))
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """A warm-up, then constant, then linear to zero; from `again_from` on once more, from half and falling at once."""
+    if step < (end := min(args.again_from, args.steps)):
+        return LEARNING_RATE * min(1.0, (step + 1) / WARMUP, (end - step) / max(args.decay, 1))
+    since, left = step - args.again_from, args.steps - step
+    return LEARNING_RATE / 2 * min(1.0, (since + 1) / WARMUP, left / (args.steps - args.again_from))
 
 
 def train_denoiser(rank: int, args: argparse.Namespace) -> None:
@@ -129,12 +165,14 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
     at_64 = torch.compile(model, dynamic=False) if args.compile else model
     parameters = list(model.parameters())
     optimizer = Muon(*matrices(model))
-    average, start, path = [p.detach().clone() for p in parameters], 0, run / "denoiser.pt"
+    averaged = copy.deepcopy(model).requires_grad_(False)
+    average, start, first, path = list(averaged.parameters()), 0, 0, run / "denoiser.pt"
     if path.exists():
         state = torch.load(path, map_location=args.device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        average, start = state["average"], state["step"]
+        torch._foreach_copy_(average, state["average"])
+        start, first = state["step"], state["first"]
     else:
         model.t5.load_state_dict(torch.load(run / "t5.pt"))
     autoencoder = load_autoencoder(run / "autoencoder.pt").to(args.device)
@@ -147,26 +185,37 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
     for step in range(start, args.steps):
         for pool in pools.values():
             if pool.size == USUAL:
-                pool.grow(FIRST_CHUNKS + step // GROW_EVERY)
+                pool.grow(FIRST_CHUNKS + (step - first) // GROW_EVERY)
             elif step >= args.sizes_from:
                 share = (EDIT_SIZES if pool.edit else OTHER_SIZES)[pool.size]
-                pool.grow(2 + int(share * (FIRST_CHUNKS + (step - args.sizes_from) / GROW_EVERY)))
+                pool.grow(2 + int(share * (FIRST_CHUNKS + (step - max(first, args.sizes_from)) / GROW_EVERY)))
         rng = Random(f"{args.seed} {step} {rank}")
         noise = torch.Generator().manual_seed(rng.getrandbits(62))
         optimizer.zero_grad()
-        parts = portions(step, args)
-        batches = [micro_batch(pools, rng, part) for part in parts]
-        samples = sum(len(batch.captions) for batch in batches)
-        for part, batch in zip(parts, batches, strict=True):
-            t = times(len(batch.captions), noise, part.early).to(args.device)
-            predict = at_64 if batch.size == USUAL else model
-            loss = velocity_loss(model, predict, batch, t, noise) * len(batch.captions) / samples
+        phase = portions(step, args)
+        if step == start or step % workers.SAVE_EVERY == 0:
+            drawn = {edit: Rollouts(pools[edit, *USUAL]) for edit in (False, True)}  # as a run that goes on has them
+        for paths in drawn.values() if any(portion.own for portion in phase) else ():
+            if not paths.rolls or step % rollouts.EVERY == 0:  # in all workers at once: none waits for another
+                paths.roll(averaged, rng)
+        work = []
+        for portion in phase:
+            size, n = size_and_count(rng, portion)
+            own_paths = n // 2 if portion.own and size == USUAL else 0
+            places = straight(pools[portion.edit, *size].batch(n - own_paths, rng), portion.early, noise)
+            if own_paths:
+                places = joined(places, own(drawn[portion.edit], own_paths, rng))
+            work.append(places)
+        samples = sum(len(places.t) for places in work)
+        for places in work:
+            predict = at_64 if places.batch.size == USUAL else model
+            loss = velocity_loss(model, predict, places, noise, args.device) * len(places.t) / samples
             loss.backward()
             total += loss.item()
         average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.decay)
+            group["lr"] = learning_rate(step, args)
         optimizer.step()
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(0.998, (1 + step) / (10 + step)))
         if rank:
@@ -176,10 +225,10 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
             log(run, stage="denoiser", step=done, loss=total / (done - logged), seconds=time.time() - began)
             total, logged = 0.0, done
         if done % workers.SAVE_EVERY == 0 or done == args.steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": done}
-            workers.save(state, path)
+            weights = {"model": model.state_dict(), "average": average}
+            workers.save({**weights, "optimizer": optimizer.state_dict(), "step": done, "first": first}, path)
             workers.save(average, run / f"average-{done:06}.pt")
-            plot.losses(run / "log.jsonl", run / "loss.png")
+            plot.curves(run)
 
 
 def log(run: Path, **entry: float | str) -> None:
@@ -204,11 +253,14 @@ def load_denoiser(run: Path, average: Path) -> Denoiser:
 
 
 def train_autoencoder(args: argparse.Namespace) -> None:
-    """Write `autoencoder.pt`: trained, its latents whitened, and the decoder polished, which then knows them."""
+    """Write `autoencoder.pt`: trained, its latents whitened, and the decoder polished, which then knows them.
+
+    Polished is also the decoder of a pipeline that the run began from.
+    """
     run: Path = args.run
     raw, whitened, polished = (run / f"autoencoder{name}.pt" for name in ("-raw", "-whitened", ""))
     more = (args.seed, args.device, partial(log, run))
-    if not raw.exists():
+    if not raw.exists() and not whitened.exists():
         workers.run(ae.train, args.workers, run, raw, args.autoencoder_steps, *more)
     if not whitened.exists():
         model = load_autoencoder(raw)
@@ -218,14 +270,30 @@ def train_autoencoder(args: argparse.Namespace) -> None:
         workers.run(ae.train, args.workers, run, polished, args.polish_steps, *more, whitened)
 
 
+def begin_from(pipeline: Path, run: Path, step: int) -> None:
+    """Lay out `run` as if it had come to `step` with the weights of a pipeline; the optimizer has seen nothing."""
+    model, autoencoder = load_pipeline(pipeline)
+    for part in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(pipeline / part, run / "tokenizers" / part, dirs_exist_ok=True)
+    workers.save(autoencoder.state_dict(), run / "autoencoder-whitened.pt")
+    workers.save(model.t5.state_dict(), run / "t5.pt")
+    weights = {"model": model.state_dict(), "average": [p.detach() for p in model.parameters()]}
+    optimizer = Muon(*matrices(model)).state_dict()
+    workers.save({**weights, "optimizer": optimizer, "step": step, "first": step}, run / "denoiser.pt")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled shapes model.")
     parser.add_argument("--run", type=Path, required=True, help="working folder: checkpoints, latents, log, loss plot")
     parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
-    parser.add_argument("--steps", type=int, default=10_500, help="steps of the denoiser")
-    parser.add_argument("--decay", type=int, default=5_500, help="last steps, in which the learning rate falls to 0")
+    parser.add_argument("--steps", type=int, default=15_400, help="steps of the denoiser")
+    parser.add_argument(
+        "--decay", type=int, default=5_500, help="steps before --again-from in which the learning rate falls to 0"
+    )
     parser.add_argument("--edits-from", type=int, default=1_000, help="until this step, prompts alone, mostly noise")
     parser.add_argument("--sizes-from", type=int, default=4_000, help="until this step, 64 px alone")
+    parser.add_argument("--again-from", type=int, default=10_500, help="from then on, also the model's own paths")
+    parser.add_argument("--start", type=Path, help="pipeline that this command wrote: begin there, at --again-from")
     parser.add_argument("--autoencoder-steps", type=int, default=6_000)
     parser.add_argument("--polish-steps", type=int, default=2_000, help="of the decoder alone, on whitened latents")
     parser.add_argument("--reading-steps", type=int, default=1_500)
@@ -234,7 +302,15 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda (default: cpu)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not args.edits_from <= args.sizes_from <= args.again_from:
+        parser.error("--edits-from, --sizes-from and --again-from must not fall")
+    if args.start is not None and args.steps <= args.again_from:
+        parser.error(f"--start goes on at step {args.again_from}, so --steps must be more, got {args.steps}")
     args.run.mkdir(parents=True, exist_ok=True)
+    if args.start is not None and not (args.run / "denoiser.pt").exists():
+        if any(args.run.glob("autoencoder-raw*")):
+            parser.error(f"--start needs an empty folder, and another run has begun in {args.run}")
+        begin_from(args.start, args.run, args.again_from)
     if not (tokenizers := args.run / "tokenizers").exists():
         save_tokenizers(unfinished := args.run / "tokenizers.writing")
         unfinished.rename(tokenizers)
