@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import fluxkiln
-from fluxkiln.bench import ablation, fidelity, image, suite
+from fluxkiln.bench import ablation, fidelity, image, learned, suite
 from fluxkiln.bench.shapes_scene import Background, Scene, Thing, draw
 from fluxkiln.cli import main
 from fluxkiln.config import FluxConfig
@@ -322,6 +322,18 @@ def test_the_judge_takes_pictures_of_anybody(tmp_path: Path, capsys: pytest.Capt
     assert "have no picture of this run of the same name" in capsys.readouterr().err
     assert main([*BENCH, "judge", str(theirs), "--suite", str(path), "--category", "free"]) == 1
     assert "no item of" in capsys.readouterr().err
+
+
+def test_preference_is_told_by_category(
+    painter: Painter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(learned, "image_reward", lambda folder: lambda prompt, pixels: float(len(prompt)))
+    command = ["--suite", str(suite_file(tmp_path, ITEMS)), "--image-reward", str(tmp_path)]
+    assert main([*BENCH, *command, "--out", str(tmp_path / "run")]) == 0
+    single, recolor, free = (len(item.prompt) for item in ITEMS)
+    rewards = {"single": single, "all": (single + recolor + free) / 3, "recolor": recolor, "free": free}
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["image_reward"] == rewards
+    assert f"image_reward: single {single}, all" in capsys.readouterr().out
 
 
 def test_what_an_edit_left_alone_is_in_the_summary() -> None:

@@ -101,6 +101,7 @@ def test_ablation_is_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str
         *("nvfp4 double qkv", "nvfp4 double proj", "nvfp4 double mlp in", "nvfp4 double mlp out"),
         *("nvfp4 single linear1", "nvfp4 single linear2", "nvfp4 all"),
     ]
+    assert {"parts", "backend", "plan", "device", "versions"} <= rows[0]["record"].keys()
     errors = [row["one_step_error"] for row in rows[1:]]
     assert min(errors) > 1e-3  # every row quantises something
     assert errors[-1] > 0.9 * max(errors)

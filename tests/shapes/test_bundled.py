@@ -22,6 +22,7 @@ from fluxkiln import Pipeline
 from fluxkiln.autoencoder import load_autoencoder
 from fluxkiln.bench import shapes_judge, suite
 from fluxkiln.checkpoint import open_checkpoint
+from fluxkiln.cli import main
 
 FOLDER = Path(fluxkiln.__file__).parent / "models" / "shapes"
 PROMPT = "a large red circle in the center of a blue background"
@@ -159,3 +160,17 @@ def test_it_draws_what_it_is_told() -> None:
         assert item.scene is not None
         right += shapes_judge.judge(np.asarray(out.images[0]), item.scene).ok
     assert right >= 9
+
+
+@pytest.mark.long  # makes 120 pictures
+def test_it_can_do_all_that_its_card_says(tmp_path: Path) -> None:
+    """Ten held-out items of each category: half of the wrong ones that the bounds allow would be bad luck."""
+    options = ["--backend", "eager", "--device", "cpu", "--limit", "10", "--out", str(tmp_path)]
+    assert main(["bench", "image", *options]) == 0
+    right = {
+        name: entry["right"] for name, entry in json.loads((tmp_path / "results.json").read_text())["summary"].items()
+    }
+    assert min(right[name] for name in ("single", "pair", "count")) >= 8
+    assert right["word"] >= 3
+    assert min(right[name] for name in captions.EDITS) >= 6
+    assert right["edits"] >= 0.85 * 80

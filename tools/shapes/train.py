@@ -286,7 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled shapes model.")
     parser.add_argument("--run", type=Path, required=True, help="working folder: checkpoints, latents, log, loss plot")
     parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
-    parser.add_argument("--steps", type=int, default=15_400, help="steps of the denoiser")
+    parser.add_argument("--steps", type=int, default=14_600, help="steps of the denoiser")
     parser.add_argument(
         "--decay", type=int, default=5_500, help="steps before --again-from in which the learning rate falls to 0"
     )
@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--again-from", type=int, default=10_500, help="from then on, also the model's own paths")
     parser.add_argument("--start", type=Path, help="pipeline that this command wrote: begin there, at --again-from")
     parser.add_argument("--autoencoder-steps", type=int, default=6_000)
-    parser.add_argument("--polish-steps", type=int, default=2_000, help="of the decoder alone, on whitened latents")
+    parser.add_argument("--polish-steps", type=int, default=6_000, help="of the decoder alone, on whitened latents")
     parser.add_argument("--reading-steps", type=int, default=1_500)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 1 for a GPU")
     parser.add_argument("--compile", action="store_true", help="a faster transformer, after minutes of compiling")
