@@ -162,6 +162,7 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
     run: Path = args.run
     torch.manual_seed(args.seed)
     model = Denoiser(run / "tokenizers").to(args.device)
+    torch._dynamo.config.recompile_limit = 32  # six batches of 64 px, at up to four lengths of text each
     at_64 = torch.compile(model, dynamic=False) if args.compile else model
     parameters = list(model.parameters())
     optimizer = Muon(*matrices(model))
