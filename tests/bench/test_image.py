@@ -317,6 +317,9 @@ def test_the_judge_takes_pictures_of_anybody(tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr().out
     assert f"{theirs}: 1 of 1 items" in said
     assert said.count("100.0%") == 6  # share and upper end in each table, and side by side
+    (theirs / "single-0.webp").unlink()  # side by side are only items that both have
+    assert main([*BENCH, "judge", *folders, "--suite", str(path), "--json"]) == 0
+    assert [list(entry) for entry in json.loads(capsys.readouterr().out).values()] == [["recolor"]] * 2
     (tmp_path / "empty").mkdir()
     assert main([*BENCH, "judge", str(tmp_path / "empty"), "--suite", str(path)]) == 1
     assert "have no picture of this run of the same name" in capsys.readouterr().err
