@@ -29,6 +29,21 @@ def test_the_training_neither_asks_for_nor_shows_a_held_out_combination() -> Non
     assert not trained & suite_combinations
 
 
+def test_training_sees_edits_with_stripes_and_outlines_twice_as_often() -> None:
+    rng = Random(2)
+
+    def odds(samples: list[captions.Sample]) -> float:
+        moves = [sample.scene for sample in samples if sample.kind == "move"]  # shows the same before and after
+        patterned = sum(
+            scene.background.kind == "striped" or any(thing.style in ("striped", "outlined") for thing in scene.things)
+            for scene in moves
+        )
+        return patterned / (len(moves) - patterned)
+
+    shown = odds([data.training_sample(rng, edit=True) for _ in range(20_000)])
+    assert 1.6 < shown / odds([captions.edit(rng, "move") for _ in range(2000)]) < 2.5
+
+
 def test_a_tenth_of_all_combinations_is_held_out() -> None:
     rng = Random(1)
     share = sum(captions.text_to_image(rng).held_out for _ in range(5000)) / 5000

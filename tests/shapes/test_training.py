@@ -354,17 +354,6 @@ def test_the_denoiser_goes_on_where_it_was_on_its_own_paths_too(
     assert not torch.equal(rolled[0], rolled[2])  # by the averaged weights as they are then
 
 
-def test_workers_of_the_autoencoder_draw_noise_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture, seen = torch.rand(2, 3, 32, 32), []
-    monkeypatch.setattr(autoencoder, "_pictures", lambda rng: picture)
-    monkeypatch.setattr(autoencoder, "average_gradients", lambda parameters: None)
-    monkeypatch.setattr(autoencoder, "_reconstruction", lambda made, picture: seen.append(made) or made.mean())
-    for rank in (0, 1, 1):
-        autoencoder.train(rank, tmp_path / "made.pt", 1, 0, CPU, lambda **entry: None)
-    assert not torch.equal(seen[0], seen[1])
-    assert torch.equal(seen[1], seen[2])
-
-
 def test_a_run_that_begins_from_a_pipeline_has_its_weights(tmp_path: Path) -> None:
     """Those of the bundled model, to the bit, and they can be written again."""
     bundled, run = resolve("shapes"), tmp_path / "run"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
 from fluxkiln.autoencoder import Autoencoder
-from fluxkiln.bench.shapes_scene import Scene
+from fluxkiln.bench.shapes_scene import Scene, Thing
 
 from . import workers
 from .data import pixels, training_sample
@@ -31,20 +31,32 @@ _NOISE, _POLISH_NOISE = 0.4, 0.2
 
 
 def _pictures(rng: Random) -> Tensor:
-    """A step's pictures: whole ones, or every third time crops around things, where there is something to learn."""
-    crops = rng.random() < 1 / 3
+    """A step's pictures: whole ones, or every other time crops around things, where there is something to learn."""
+    crops = rng.random() < 1 / 2
     width, height, n = (64, 64, _CROPS) if crops else _SIZES[0] if rng.random() < 0.8 else rng.choice(_SIZES[1:])
-    scenes = [training_sample(rng, edit=rng.random() < 0.4).scene for _ in range(n)]
+    scenes = [_scene(rng, fine=crops and rng.random() < 0.6) for _ in range(n)]
     pictures = pixels(scenes, width, height)
     if not crops:
         return pictures
     return torch.stack([_crop(rng, picture, scene) for picture, scene in zip(pictures, scenes, strict=True)])
 
 
+def _scene(rng: Random, fine: bool) -> Scene:
+    """One of training's; `fine`: with something in it that is small beside a latent's 8 x 8 pixels."""
+    while True:
+        scene = training_sample(rng, edit=rng.random() < 0.4).scene
+        if not fine or any(map(_fine, scene.things)):
+            return scene
+
+
+def _fine(thing: Thing) -> bool:
+    return thing.style != "plain" or (thing.shape in ("star", "cross") and thing.size == "small")
+
+
 def _crop(rng: Random, picture: Tensor, scene: Scene) -> Tensor:
     side = picture.shape[-1]
-    thing = rng.choice(scene.things) if scene.things else None
-    x, y = (thing.x, thing.y) if thing else (rng.random(), 0.5)
+    things = [thing for thing in scene.things if _fine(thing)] or scene.things
+    x, y = ((thing := rng.choice(things)).x, thing.y) if things else (rng.random(), 0.5)
     left, top = (min(max(round(at * side) - _CROP // 2 + rng.randint(-10, 10), 0), side - _CROP) for at in (x, y))
     return picture[:, top : top + _CROP, left : left + _CROP]
 

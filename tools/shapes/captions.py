@@ -58,8 +58,8 @@ WORDS = [
 
 EDITS = ("recolor", "remove", "add", "move", "resize", "background", "style", "reference")
 # How often training draws each kind: text to image (single, pair, count, word, empty), then EDITS.
-TEXT_SHARES = (16, 38, 15, 30, 1)
-EDIT_SHARES = (7, 2, 3, 2, 5, 9, 7, 6)
+TEXT_SHARES = (21, 38, 16, 24, 1)
+EDIT_SHARES = (8, 2, 3, 2, 4, 11, 8, 4)
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ FIRST_CHUNKS, GROW_EVERY = 14, 80  # chunks of 256 at the start, and steps betwe
 
 
 class Portion(NamedTuple):
-    """Samples of one kind in a step: shares of sizes, one of which is drawn, tokens in all, text included, the share
-    of times above 0.8, and whether half of those of 64 px lie on the model's own paths."""
+    """Samples of one kind in a step: shares of sizes, one of which is drawn, tokens in all, text included, whether half
+    of the samples of 64 px lie on the model's own paths, and of the others the share of times above 0.8."""
 
     edit: bool
     sizes: Mapping[tuple[int, int], float]
@@ -75,7 +75,7 @@ def portions(step: int, args: argparse.Namespace) -> list[Portion]:
     other = Portion(False, OTHER_SIZES, 770, 0.65)
     if step < args.again_from:
         return [Portion(False, SQUARE, 600, 0.4), other, Portion(True, EDIT_SIZES, 1700, 0.4)]
-    return [Portion(False, SQUARE, 770, 0.4, own=True), other, Portion(True, EDIT_SIZES, 1670, 0.4, own=True)]
+    return [Portion(False, SQUARE, 670, 0.4, own=True), other, Portion(True, EDIT_SIZES, 1770, 0.4, own=True)]
 
 
 def times(n: int, noise: torch.Generator, early: float) -> Tensor:
@@ -289,7 +289,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
     parser.add_argument("--steps", type=int, default=14_600, help="steps of the denoiser")
     parser.add_argument(
-        "--decay", type=int, default=5_500, help="steps before --again-from in which the learning rate falls to 0"
+        "--decay",
+        type=int,
+        default=5_500,
+        help="steps before --again-from, or before the end, in which the rate falls to 0",
     )
     parser.add_argument("--edits-from", type=int, default=1_000, help="until this step, prompts alone, mostly noise")
     parser.add_argument("--sizes-from", type=int, default=4_000, help="until this step, 64 px alone")
