@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--again-from", type=int, default=10_500, help="from then on, also the model's own paths")
     parser.add_argument("--start", type=Path, help="pipeline that this command wrote: begin there, at --again-from")
     parser.add_argument("--autoencoder-steps", type=int, default=6_000)
-    parser.add_argument("--polish-steps", type=int, default=6_000, help="of the decoder alone, on whitened latents")
+    parser.add_argument("--polish-steps", type=int, default=10_000, help="of the decoder alone, on whitened latents")
     parser.add_argument("--reading-steps", type=int, default=1_500)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 1 for a GPU")
     parser.add_argument("--compile", action="store_true", help="a faster transformer, after minutes of compiling")
