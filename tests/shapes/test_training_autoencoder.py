@@ -32,8 +32,8 @@ def test_half_of_the_steps_are_crops_and_most_of_those_of_what_is_hard(monkeypat
     cropped = []
     monkeypatch.setattr(autoencoder, "_crop", lambda rng, picture, scene: cropped.append(scene) or picture[:, :32, :32])
     rng = Random(0)
-    crops = sum(autoencoder._pictures(rng).shape[-1] == 32 for _ in range(60))
-    assert 20 < crops < 40
+    crops = sum(autoencoder._pictures(rng).shape[-1] == 32 for _ in range(200))
+    assert 80 < crops < 120
     hard = sum(any(map(autoencoder._fine, scene.things)) for scene in cropped)
     assert 0.6 < hard / len(cropped) < 0.9
 

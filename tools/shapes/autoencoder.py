@@ -42,7 +42,7 @@ def _pictures(rng: Random) -> Tensor:
 
 
 def _scene(rng: Random, fine: bool) -> Scene:
-    """One of training's; `fine`: with something in it that is small beside a latent's 8 x 8 pixels."""
+    """One of training's; `fine`: with a thing in it whose details are smaller than a latent's 8 x 8 pixels."""
     while True:
         scene = training_sample(rng, edit=rng.random() < 0.4).scene
         if not fine or any(map(_fine, scene.things)):

@@ -32,7 +32,7 @@ def pixels(scenes: list[Scene], width: int, height: int) -> Tensor:
 def training_sample(rng: Random, edit: bool) -> captions.Sample:
     """A sample of which the benchmark holds out neither what is asked for nor a picture.
 
-    Of the edits without stripes or outlines, every other one is left out: most mistakes are made with them.
+    Of the edits without stripes or outlines, every other one is left out: most mistakes are made where there are some.
     """
     while True:
         sample = captions.edit(rng) if edit else captions.text_to_image(rng)
