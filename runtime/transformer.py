@@ -226,28 +226,34 @@ class Transformer(Network):
         """Velocity `[B, L_img, C_out]` from `img [B, L_img, C_in]`, `txt [B, L_txt, D_ctx]` and `mods [B, M, D]`."""
         ops, split, at = self.ops, txt.shape[1], 0
         x = ops.linear((txt, img), self.embed)
-
         for double in self.double_blocks:
-            mod = mods[:, at : at + 12].unflatten(1, (2, 6))  # [B, 2, 6, D]
-            shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(2)
+            x = self.double_block(double, x, mods[:, at : at + 12].unflatten(1, (2, 6)), rope, split)
             at += 12
-            h = ops.norm_modulate(x, shift1, scale1, split, out=double.qkv.input)
-            o = ops.attention(*ops.qkv_rope(h, double.qkv, rope, split), out=double.proj.input)
-            x = ops.linear_gate_residual((o,), double.proj, gate1, x, split)
-            h = ops.norm_modulate(x, shift2, scale2, split, out=double.mlp_in.input)
-            h = ops.linear_gelu(h, double.mlp_in, split, out=double.mlp_out.input)
-            x = ops.linear_gate_residual((h,), double.mlp_out, gate2, x, split)
-
         for single in self.single_blocks:
-            shift, scale, gate = mods[:, at : at + 3, None].unbind(1)  # each [B, 1, D]
+            x = self.single_block(single, x, mods[:, at : at + 3, None], rope)
             at += 3
-            h = ops.norm_modulate(x, shift, scale, 0, out=single.qkv.input)
-            o = ops.attention(*ops.qkv_rope(h, single.qkv, rope, 0), out=single.out.input)
-            h = ops.linear_gelu(h, single.mlp_in, 0, out=single.out.input)
-            x = ops.linear_gate_residual((o, h), single.out, gate, x, 0)
-
         shift, scale = mods[:, at:, None].unbind(1)
         return ops.linear((ops.norm_modulate(x[:, split:], shift, scale, 0),), self.final)
+
+    def double_block(self, block: DoubleBlock, x: Tensor, mods: Tensor, rope: Tensor, split: int) -> Tensor:
+        """The joint stream `[B, L, D]` after a double block; `mods [B, 2, 6, D]`, text first."""
+        ops = self.ops
+        shift1, scale1, gate1, shift2, scale2, gate2 = mods.unbind(2)
+        h = ops.norm_modulate(x, shift1, scale1, split, out=block.qkv.input)
+        o = ops.attention(*ops.qkv_rope(h, block.qkv, rope, split), out=block.proj.input)
+        x = ops.linear_gate_residual((o,), block.proj, gate1, x, split)
+        h = ops.norm_modulate(x, shift2, scale2, split, out=block.mlp_in.input)
+        h = ops.linear_gelu(h, block.mlp_in, split, out=block.mlp_out.input)
+        return ops.linear_gate_residual((h,), block.mlp_out, gate2, x, split)
+
+    def single_block(self, block: SingleBlock, x: Tensor, mods: Tensor, rope: Tensor) -> Tensor:
+        """The joint stream `[B, L, D]` after a single block; `mods [B, 3, 1, D]`."""
+        ops = self.ops
+        shift, scale, gate = mods.unbind(1)
+        h = ops.norm_modulate(x, shift, scale, 0, out=block.qkv.input)
+        o = ops.attention(*ops.qkv_rope(h, block.qkv, rope, 0), out=block.out.input)
+        h = ops.linear_gelu(h, block.mlp_in, 0, out=block.out.input)
+        return ops.linear_gate_residual((o, h), block.out, gate, x, 0)
 
     def prepare(self, batch: int, text: int, image: int) -> None:
         self.ops.prepare(self, batch, text, image)
