@@ -18,6 +18,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from shapes import autoencoder, captions, data, model, plot, reading, rollouts, train, workers
+from shapes.fast import Fast
 
 from fluxkiln import Pipeline
 from fluxkiln.autoencoder import Autoencoder
@@ -82,14 +83,14 @@ def test_a_reader_is_right_only_about_what_is_said() -> None:
 @pytest.mark.parametrize(
     ("step", "drawn"),
     [
-        (9, [(False, train.SQUARE)]),
+        (9, 4 * [(False, train.SQUARE)]),
         (10, [(False, train.SQUARE), (True, train.SQUARE)]),
         (20, [(False, train.SQUARE), (False, train.OTHER_SIZES), (True, train.EDIT_SIZES)]),
         (30, [(False, train.SQUARE), (False, train.OTHER_SIZES), (True, train.EDIT_SIZES)]),
     ],
 )
 def test_a_step_draws_the_sizes_of_its_phase_and_as_many_tokens(step: int, drawn: list) -> None:
-    phase = train.portions(step, Namespace(edits_from=10, sizes_from=20, again_from=30))
+    phase = train.portions(step, Namespace(edits_from=10, sizes_from=20, own_from=30))
     assert [portion.own for portion in phase] == ([True, False, True] if step == 30 else [False] * len(phase))
     found: list[set] = [set() for _ in drawn]
     for seed in range(600):
@@ -149,7 +150,7 @@ def test_places_on_own_paths_are_where_eulers_steps_lead(
     monkeypatch.setattr(rollouts, "STEPS", (9, 9))
     denoiser, paths, rng = model.Denoiser(tokenizers), rollouts.Rollouts(pool), Random(3)
     for _ in range(rollouts.KEPT + 2):
-        paths.roll(denoiser, rng)
+        paths.roll(denoiser, denoiser, rng)
     assert len(paths.rolls) == rollouts.KEPT
     batch, img, t = places = paths.batch(60, rng)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.58)
@@ -187,7 +188,7 @@ def test_late_places_on_own_paths_count_by_the_picture(
         paths = SimpleNamespace(batch=lambda n, rng, img=img, t=t: (batch, img, t))
         places = train.own(paths, 3, Random(0))
         error = (img - batch.target).square().mean().item()
-        loss = train.velocity_loss(denoiser, still, places, noise, CPU).item()
+        loss = train.velocity_loss(denoiser, still, places, 32, noise).item()
         assert loss == pytest.approx(error / counts_at**2, rel=1e-4)
         both = train.joined(places, train.straight(batch, 0.4, noise))
         assert both.weight.tolist() == [*places.weight.tolist(), 1, 1, 1]
@@ -195,14 +196,14 @@ def test_late_places_on_own_paths_count_by_the_picture(
         assert torch.equal(both.img[:3], img)
 
 
-def test_the_rate_falls_to_zero_twice() -> None:
-    def rate(step: int, **more: int) -> float:
-        return train.learning_rate(step, Namespace(**{"steps": 1500, "again_from": 1000, "decay": 500} | more))
+def test_the_rate_falls_to_zero() -> None:
+    def rate(step: int, first: int = 0, steps: int = 1500) -> float:
+        return train.learning_rate(step, first, Namespace(steps=steps, own_from=1000)) / train.LEARNING_RATE
 
-    peak = train.LEARNING_RATE
-    assert [rate(step) / peak for step in (0, 99, 500, 750)] == pytest.approx([0.01, 1, 1, 0.5])
-    assert [rate(step) / peak for step in (999, 1000, 1249, 1499)] == pytest.approx([0.002, 0.005, 0.251, 0.001])
-    assert rate(400, steps=500) / peak == pytest.approx(0.2)  # a run that is to end before
+    assert [rate(step) for step in (0, 99, 500, 999)] == pytest.approx([0.01, 1, 1, 1])
+    assert [rate(step) for step in (1000, 1250, 1499)] == pytest.approx([1, 0.5, 0.002])
+    assert [rate(step, first=1000) for step in (1000, 1250, 1499)] == pytest.approx([0.005, 0.25, 0.001])
+    assert rate(400, steps=500) == pytest.approx(1)  # a run that is to go on later
 
 
 def test_the_asked_share_of_times_lies_where_the_prompt_is_read() -> None:
@@ -226,11 +227,12 @@ def test_straight_places_lie_between_noise_and_picture(pools: dict[bool, data.Po
 def test_short_text_is_the_same_text_with_less_padding(tokenizers: Path) -> None:
     denoiser = model.Denoiser(tokenizers)
     texts = ["a small red star at the top left of a blue background", "a star", ""]
-    for long, short in zip(denoiser.tokenize(texts), denoiser.tokenize(texts, short=True), strict=True):
-        assert long.shape == (3, 32)
+    for whole, short in zip(denoiser.tokenize(texts), denoiser.tokenize(texts, 16), strict=True):
+        assert whole.shape == (3, 32)
         assert short.shape == (3, 16)
-        assert torch.equal(long[:, :16], short)
-        assert (long[:, 16:] == long[2, -1]).all()
+        assert torch.equal(whole[:, :16], short)
+        assert (whole[:, 16:] == whole[2, -1]).all()
+    assert all(ids.shape == (3, 32) for ids in denoiser.tokenize(texts, 8))  # one of them is longer
 
 
 def test_latents_stay_with_their_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,9 +320,10 @@ def test_the_denoiser_goes_on_where_it_was_on_its_own_paths_too(
     rolled: list[torch.Tensor] = []
     roll = rollouts.Rollouts.roll
 
-    def watched(self: rollouts.Rollouts, averaged: model.Denoiser, rng: Random) -> None:
+    def watched(self: rollouts.Rollouts, averaged: model.Denoiser, predict: Fast, rng: Random) -> None:
         rolled.append(averaged.t5.shared.weight.clone())
-        roll(self, averaged, rng)
+        assert predict.model is averaged
+        roll(self, averaged, predict, rng)
 
     monkeypatch.setattr(rollouts.Rollouts, "roll", watched)
     monkeypatch.setattr(rollouts, "STEPS", (2, 3))
@@ -337,9 +340,8 @@ def test_the_denoiser_goes_on_where_it_was_on_its_own_paths_too(
             shutil.copytree(tokenizers, folder / "tokenizers")
             torch.save(encoder, folder / "autoencoder.pt")
             torch.save(t5, folder / "t5.pt")
-        # Without a decay, the rate does not depend on how many steps there will be.
-        args = Namespace(run=folder, steps=steps, decay=0, seed=0, device=CPU, compile=False, sizes_from=99)
-        args.again_from = 99
+        # Until `own_from`, the rate does not depend on how many steps there will be.
+        args = Namespace(run=folder, steps=steps, seed=0, device=CPU, compile=False, sizes_from=99, own_from=99)
         train.train_denoiser(0, args)
         return torch.load(folder / "denoiser.pt")
 
@@ -376,8 +378,8 @@ def test_a_run_that_begins_from_a_pipeline_has_its_weights(tmp_path: Path) -> No
 @pytest.mark.long  # makes tokenizers, an autoencoder and thousands of latents from nothing
 def test_one_command_trains_resumes_and_writes_a_pipeline(tmp_path: Path) -> None:
     def command(run: str, out: str, steps: int, *more: str) -> None:
-        few = ("--reading-steps", "50", "--autoencoder-steps", "2", "--polish-steps", "2", "--decay", "2")
-        late = ("--steps", str(steps), "--edits-from", "1", "--sizes-from", "1", "--again-from", "2")
+        few = ("--reading-steps", "50", "--autoencoder-steps", "2", "--polish-steps", "2")
+        late = ("--steps", str(steps), "--edits-from", "1", "--sizes-from", "1", "--own-from", "2")
         folders = ("--run", str(tmp_path / run), "--out", str(tmp_path / out))
         subprocess.run([sys.executable, "-m", "shapes.train", *folders, *few, *late, *more], cwd=TOOLS, check=True)
 

@@ -92,16 +92,22 @@ class Denoiser(nn.Module):
             {_flat(name): _initial(name, shape) for name, shape in TRANSFORMER.tensor_shapes().items()}
         )
 
-    def tokenize(self, captions: Sequence[str], short: bool = False) -> tuple[Tensor, Tensor]:
-        """CLIP's and T5's ids, each `[B, 32]`, or as short as the longest caption lets them be, in steps of 8."""
-        padded = {"padding": "longest", "pad_to_multiple_of": 8} if short else {"padding": "max_length"}
-        kwargs = {**padded, "truncation": True, "max_length": vocabulary.MAX_LENGTH, "return_tensors": "pt"}
-        texts = list(captions)
-        return self.clip_tokenizer(texts, **kwargs).input_ids, self.t5_tokenizer(texts, **kwargs).input_ids
+    def tokenize(self, captions: Sequence[str], length: int = vocabulary.MAX_LENGTH) -> tuple[Tensor, Tensor]:
+        """CLIP's and T5's ids, each `[B, 32]`, or `[B, length]` where nothing but padding is cut off."""
+        kwargs = {
+            "padding": "max_length",
+            "truncation": True,
+            "max_length": vocabulary.MAX_LENGTH,
+            "return_tensors": "pt",
+        }
+        tokenizers = self.clip_tokenizer, self.t5_tokenizer
+        found = [(tokenizer(list(captions), **kwargs).input_ids, tokenizer.pad_token_id) for tokenizer in tokenizers]
+        clip, t5 = (ids[:, :length] if (ids[:, length:] == padding).all() else ids for ids, padding in found)
+        return clip, t5
 
-    def encode(self, captions: Sequence[str], short: bool = False) -> tuple[Tensor, Tensor]:
+    def encode(self, captions: Sequence[str], length: int = vocabulary.MAX_LENGTH) -> tuple[Tensor, Tensor]:
         """Text sequence `[B, L, 128]` and pooled text `[B, 128]`; as in FLUX.1, padding is not masked."""
-        clip_ids, t5_ids = (ids.to(self.t5.device) for ids in self.tokenize(captions, short))
+        clip_ids, t5_ids = (ids.to(self.t5.device) for ids in self.tokenize(captions, length))
         return self.t5(t5_ids).last_hidden_state, self.clip(clip_ids).pooler_output
 
     def native(self) -> dict[str, Tensor]:

@@ -3,8 +3,8 @@
     tokenizers   from the captions' own words
     autoencoder  pictures to 16 channels of latents and back; latents whitened, the decoder polished
     reading      T5 alone: what do the captions say
-    denoiser     FLUX.1 transformer, CLIP and T5 together; what its steps are made of changes, see `portions`; the
-                 learning rate falls to zero twice, and `--start` takes a finished pipeline through the second time
+    denoiser     FLUX.1 transformer, CLIP and T5 together; what its steps are made of changes, see `portions`;
+                 `--start` takes a finished pipeline once more through the last part, in which the learning rate falls
 
 Every stage is seeded and resumes where it stopped. Training runs in `--workers` processes of one thread each that
 average their gradients: on few cores this is faster than threads, which wait for each other at every operation. On a
@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxkiln.autoencoder import Autoencoder
@@ -33,6 +34,7 @@ from fluxkiln.autoencoder import Autoencoder
 from . import autoencoder as ae
 from . import plot, reading, rollouts, workers
 from .data import Batch, Pool
+from .fast import Fast
 from .model import AUTOENCODER, PICTURE, Denoiser, load_pipeline, save_pipeline, save_tokenizers, velocity
 from .muon import Muon, matrices
 from .rollouts import Rollouts
@@ -46,6 +48,9 @@ OTHER_SIZES = {(96, 96): 0.22, (128, 128): 0.22, (64, 128): 0.12, (128, 64): 0.1
 OTHER_SIZES |= {(96, 128): 0.04, (128, 96): 0.04}
 # Kontext is shown a reference at one of its own sizes: scaled down to 64 px, these are those it can come to.
 EDIT_SIZES = {USUAL: 0.9, (48, 80): 0.025, (80, 48): 0.025, (48, 96): 0.025, (96, 48): 0.025}
+# Samples of 64 px in a portion, prompts and edits, and the two lengths of text: each other shape is compiled anew.
+PROMPTS, EDITS = 14, 28
+SHORT = 24
 LEARNING_RATE, WARMUP = 2e-3, 100
 FIRST_CHUNKS, GROW_EVERY = 14, 80  # chunks of 256 at the start, and steps between one more of each kind
 
@@ -66,16 +71,16 @@ def portions(step: int, args: argparse.Namespace) -> list[Portion]:
 
     So it is with 64 px at first, and with every other size when its turn comes, mostly at times where it is decided;
     but a few hundred steps of nothing else cost all that was known of 64 px. Edits take longest to learn, so most
-    tokens are theirs. When little but its own errors is left, the model is shown these, see `rollouts`.
+    tokens are theirs. As soon as it can draw, the model is shown its own errors, see `rollouts`.
     """
+    prompts, edits = PROMPTS * (16 + MAX_LENGTH), EDITS * (32 + MAX_LENGTH)
     if step < args.edits_from:
-        return [Portion(False, SQUARE, 3070, 0.8)]
-    if step < args.sizes_from:
-        return [Portion(False, SQUARE, 920, 0.4), Portion(True, SQUARE, 2150, 0.4)]
-    other = Portion(False, OTHER_SIZES, 770, 0.65)
-    if step < args.again_from:
-        return [Portion(False, SQUARE, 600, 0.4), other, Portion(True, EDIT_SIZES, 1700, 0.4)]
-    return [Portion(False, SQUARE, 670, 0.4, own=True), other, Portion(True, EDIT_SIZES, 1770, 0.4, own=True)]
+        return [Portion(False, SQUARE, prompts, 0.8)] * 4
+    own = step >= args.own_from
+    work = [Portion(False, SQUARE, prompts, 0.4, own)]
+    if step >= args.sizes_from:
+        work.append(Portion(False, OTHER_SIZES, 770, 0.65))
+    return [*work, Portion(True, SQUARE if step < args.sizes_from else EDIT_SIZES, edits, 0.4, own)]
 
 
 def times(n: int, noise: torch.Generator, early: float) -> Tensor:
@@ -124,23 +129,35 @@ def joined(first: Places, second: Places) -> Places:
 
 
 def velocity_loss(
-    model: Denoiser, predict: nn.Module, places: Places, noise: torch.Generator, device: torch.device
+    model: Denoiser, predict: Callable[..., Tensor], places: Places, length: int, noise: torch.Generator
 ) -> Tensor:
-    """Flow matching: the velocity of `predict`, `model` itself or compiled, against the one wanted.
+    """Flow matching: the velocity of `predict`, `model` itself or faster, against the one wanted.
 
-    Two batches in three have the shortest text length that holds their captions: over a third of the tokens would be
-    padding. The rest have all 32, as pipelines do.
+    Args:
+        length: of the text, where all captions are that short.
     """
-    batch, reference = places.batch, places.batch.reference
+    batch, reference, device = places.batch, places.batch.reference, model.t5.device
     if reference is not None:
         reference = (reference + 0.03 * torch.randn(reference.shape, generator=noise)).to(device)
     img, t, wanted, guidance = (x.to(device) for x in (places.img, places.t, places.velocity, batch.guidance))
-    short = torch.rand((), generator=noise).item() < 2 / 3
     # At these lengths the fused attention's backward takes twice as long as plain products do on a CPU.
     with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        text = model.encode(batch.captions, short)
+        text = model.encode(batch.captions, length)
         found = velocity(predict, img, reference, batch.size, *text, t, guidance)
     return (places.weight.to(device) * (found.float() - wanted).square().mean((1, 2))).mean()
+
+
+def compile_in_turn(rank: int, model: Denoiser, predict: Callable[..., Tensor], pools: Mapping[bool, Pool]) -> None:
+    """Compile what 64 px takes, one worker after the other: what the first has compiled the next finds on disk."""
+    for turn in range(distributed.get_world_size()):
+        if turn == rank:
+            noise, rng = torch.Generator().manual_seed(0), Random(0)
+            for pool, n in ((pools[False], PROMPTS), (pools[True], EDITS)):
+                places = straight(dataclasses.replace(pool.batch(n, rng), captions=[""] * n), 0.0, noise)
+                for length in (SHORT, MAX_LENGTH):
+                    velocity_loss(model, predict, places, length, noise).backward()
+            model.zero_grad()
+        distributed.barrier()
 
 
 def size_and_count(rng: Random, portion: Portion) -> tuple[tuple[int, int], int]:
@@ -149,12 +166,10 @@ def size_and_count(rng: Random, portion: Portion) -> tuple[tuple[int, int], int]
     return (width, height), max(4, portion.tokens // (width * height // 256 * (1 + portion.edit) + MAX_LENGTH))
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """A warm-up, then constant, then linear to zero; from `again_from` on once more, from half and falling at once."""
-    if step < (end := min(args.again_from, args.steps)):
-        return LEARNING_RATE * min(1.0, (step + 1) / WARMUP, (end - step) / max(args.decay, 1))
-    since, left = step - args.again_from, args.steps - step
-    return LEARNING_RATE / 2 * min(1.0, (since + 1) / WARMUP, left / (args.steps - args.again_from))
+def learning_rate(step: int, first: int, args: argparse.Namespace) -> float:
+    """A warm-up, constant until `own_from`, then linear to zero; where a run begins there, from half."""
+    full = LEARNING_RATE / 2 if first else LEARNING_RATE
+    return full * min(1.0, (step - first + 1) / WARMUP, (args.steps - step) / max(args.steps - args.own_from, 1))
 
 
 def train_denoiser(rank: int, args: argparse.Namespace) -> None:
@@ -162,8 +177,7 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
     run: Path = args.run
     torch.manual_seed(args.seed)
     model = Denoiser(run / "tokenizers").to(args.device)
-    torch._dynamo.config.recompile_limit = 32  # six batches of 64 px, at up to four lengths of text each
-    at_64 = torch.compile(model, dynamic=False) if args.compile else model
+    at_64, elsewhere = Fast(model, args.compile), Fast(model)  # each of the other sizes is too rare to be compiled
     parameters = list(model.parameters())
     optimizer = Muon(*matrices(model))
     averaged = copy.deepcopy(model).requires_grad_(False)
@@ -183,6 +197,11 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
         for size in sizes
     }
     began, total, logged = time.time(), 0.0, start
+    if args.compile:
+        usual = {edit: pools[edit, *USUAL] for edit in (False, True)}
+        for pool in usual.values():
+            pool.grow(1)
+        compile_in_turn(rank, model, at_64, usual)
     for step in range(start, args.steps):
         for pool in pools.values():
             if pool.size == USUAL:
@@ -198,7 +217,7 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
             drawn = {edit: Rollouts(pools[edit, *USUAL]) for edit in (False, True)}  # as a run that goes on has them
         for paths in drawn.values() if any(portion.own for portion in phase) else ():
             if not paths.rolls or step % rollouts.EVERY == 0:  # in all workers at once: none waits for another
-                paths.roll(averaged, rng)
+                paths.roll(averaged, Fast(averaged), rng)
         work = []
         for portion in phase:
             size, n = size_and_count(rng, portion)
@@ -209,14 +228,16 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
             work.append(places)
         samples = sum(len(places.t) for places in work)
         for places in work:
-            predict = at_64 if places.batch.size == USUAL else model
-            loss = velocity_loss(model, predict, places, noise, args.device) * len(places.t) / samples
+            predict = at_64 if places.batch.size == USUAL else elsewhere
+            # Pipelines pad to all 32, but over a third of the tokens would be padding.
+            length = SHORT if torch.rand((), generator=noise).item() < 2 / 3 else MAX_LENGTH
+            loss = velocity_loss(model, predict, places, length, noise) * len(places.t) / samples
             loss.backward()
             total += loss.item()
         average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = learning_rate(step, first, args)
         optimizer.step()
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(0.998, (1 + step) / (10 + step)))
         if rank:
@@ -287,34 +308,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled shapes model.")
     parser.add_argument("--run", type=Path, required=True, help="working folder: checkpoints, latents, log, loss plot")
     parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
-    parser.add_argument("--steps", type=int, default=14_600, help="steps of the denoiser")
+    parser.add_argument("--steps", type=int, default=4_300, help="steps of the denoiser")
+    parser.add_argument("--edits-from", type=int, default=700, help="until this step, prompts alone, mostly noise")
+    parser.add_argument("--sizes-from", type=int, default=1_600, help="until this step, 64 px alone")
     parser.add_argument(
-        "--decay",
+        "--own-from",
         type=int,
-        default=5_500,
-        help="steps before --again-from, or before the end, in which the rate falls to 0",
+        default=1_800,
+        help="from then on, the model's own paths too, and the learning rate falls to 0",
     )
-    parser.add_argument("--edits-from", type=int, default=1_000, help="until this step, prompts alone, mostly noise")
-    parser.add_argument("--sizes-from", type=int, default=4_000, help="until this step, 64 px alone")
-    parser.add_argument("--again-from", type=int, default=10_500, help="from then on, also the model's own paths")
-    parser.add_argument("--start", type=Path, help="pipeline that this command wrote: begin there, at --again-from")
-    parser.add_argument("--autoencoder-steps", type=int, default=6_000)
-    parser.add_argument("--polish-steps", type=int, default=10_000, help="of the decoder alone, on whitened latents")
-    parser.add_argument("--reading-steps", type=int, default=1_500)
+    parser.add_argument("--start", type=Path, help="pipeline that this command wrote: begin there, at --own-from")
+    parser.add_argument("--autoencoder-steps", type=int, default=5_000)
+    parser.add_argument("--polish-steps", type=int, default=4_000, help="of the decoder alone, on whitened latents")
+    parser.add_argument("--reading-steps", type=int, default=500)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 1 for a GPU")
-    parser.add_argument("--compile", action="store_true", help="a faster transformer, after minutes of compiling")
+    parser.add_argument("--compile", action="store_true", help="a faster transformer; takes a C++ compiler")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda (default: cpu)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if not args.edits_from <= args.sizes_from <= args.again_from:
-        parser.error("--edits-from, --sizes-from and --again-from must not fall")
-    if args.start is not None and args.steps <= args.again_from:
-        parser.error(f"--start goes on at step {args.again_from}, so --steps must be more, got {args.steps}")
+    if not args.edits_from <= args.sizes_from <= args.own_from:
+        parser.error("--edits-from, --sizes-from and --own-from must not fall")
+    if args.start is not None and args.steps <= args.own_from:
+        parser.error(f"--start goes on at step {args.own_from}, so --steps must be more, got {args.steps}")
     args.run.mkdir(parents=True, exist_ok=True)
     if args.start is not None and not (args.run / "denoiser.pt").exists():
         if any(args.run.glob("autoencoder-raw*")):
             parser.error(f"--start needs an empty folder, and another run has begun in {args.run}")
-        begin_from(args.start, args.run, args.again_from)
+        begin_from(args.start, args.run, args.own_from)
     if not (tokenizers := args.run / "tokenizers").exists():
         save_tokenizers(unfinished := args.run / "tokenizers.writing")
         unfinished.rename(tokenizers)

@@ -6,6 +6,7 @@ On few cores this is faster than threads, which wait for each other at every ope
 from __future__ import annotations
 
 import ctypes
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ def run(function: Callable[..., None], workers: int, folder: Path, *args: Any) -
 
 
 def _enter(rank: int, function: Callable[..., None], workers: int, rendezvous: str, args: tuple[Any, ...]) -> None:
+    # Sent when the parent dies. What a script puts into the background ignores it, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     keep_memory()
     distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=workers)
