@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from argparse import Namespace
+from random import Random
 
 import pytest
 import torch
-from shapes import fast, model
-from torch import Tensor
+from shapes import fast, model, train
+from shapes.data import Batch
+from torch import Tensor, distributed
 
 from fluxkiln.hub import resolve
 from fluxkiln.kernels import EAGER
@@ -43,6 +46,39 @@ def test_its_operations_are_those_of_the_definition(streams: int) -> None:
         found.append((o, *torch.autograd.grad(o.square().sum(), inputs)))
     for ours, definition in zip(*found, strict=True):
         torch.testing.assert_close(ours, definition, rtol=1e-9, atol=1e-9 * definition.abs().max().item())
+
+
+def test_what_is_compiled_is_what_training_meets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 64 px; each other shape would be compiled in the middle of a run. One worker after the other does it."""
+
+    class Shapes:
+        def __init__(self, edit: bool) -> None:
+            self.edit = edit
+
+        def batch(self, n: int, rng: Random) -> Batch:
+            latents = torch.zeros(n, 16, 64)
+            return Batch((64, 64), ["a star"] * n, latents, latents if self.edit else None, torch.full((n,), 3.5))
+
+    denoiser, _ = model.load_pipeline(resolve("shapes"))
+    compiled, turns = set(), []
+
+    def predict(img: Tensor, txt: Tensor, *rest: Tensor) -> Tensor:
+        compiled.add((*img.shape[:2], txt.shape[1]))
+        turns.append("compiles")
+        return img * txt.mean()  # has a gradient
+
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "barrier", lambda: turns.append("waits"))
+    train.compile_in_turn(1, denoiser, predict, {edit: Shapes(edit) for edit in (False, True)})
+    assert turns == ["waits", *["compiles"] * 4, "waits"]
+    assert all(p.grad is None for p in denoiser.parameters())
+    met = set()
+    for step in range(4):
+        for portion in train.portions(step, Namespace(edits_from=1, sizes_from=2, own_from=3)):
+            _, n = train.size_and_count(Random(0), portion._replace(sizes=train.SQUARE))
+            if train.USUAL in portion.sizes:
+                met |= {(n, 16 * (1 + portion.edit), length) for length in (train.SHORT, 32)}
+    assert compiled == met
 
 
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile takes a C++ compiler")
