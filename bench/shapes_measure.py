@@ -2,7 +2,8 @@
 
     background   the plain, striped or gradient hypothesis that explains the frame; the rest is what it leaves over
     things       connected pixels that are not background, split where two colours meet that are not stripes
-    each thing   colour by majority; shape, centre and radius by the best overlap among the six outlines
+    each thing   colour by majority, if that is near to one; shape, centre and radius by the best overlap among the
+                 six outlines
     word         the dots of each letter's cell against the letters' patterns
 
 Nothing here draws a scene.
@@ -212,15 +213,19 @@ def fit_shape(cover: NDArray[np.float32]) -> tuple[str, float, float, float, flo
 
 
 def _colors_in(pixels: Pixels, region: Mask) -> tuple[NDArray[np.int64], Mask, list[int]]:
-    """Nearest palette entry of every pixel, where it is near, and which are more than the blur between two others."""
+    """Nearest palette entry of every pixel, where it is near, and the solid ones: neither dirt of another colour, which
+    is far from all, nor the blur between two others."""
     distances = np.linalg.norm(pixels[:, :, None].astype(np.float32) - _PALETTE, axis=-1)
     labels, pure = distances.argmin(-1), distances.min(-1) < PURE
     area = region.sum()
     solid = []
     for value in np.unique(labels[region]):
         part = region & (labels == value)
-        if part.sum() >= 0.03 * area and (erode(part).any() or area < 60):
-            solid.append(int(value))
+        inside = erode(part)
+        if part.sum() >= 0.03 * area and (inside.any() or area < 60):
+            off = np.median(distances[..., value][inside if inside.any() else part])
+            if off < NOT_BACKGROUND:
+                solid.append(int(value))
     return labels, pure, solid
 
 
@@ -303,7 +308,7 @@ def find_things(pixels: Pixels, background: Background) -> tuple[list[Found], fl
                 share = (labels[row] == stripes[0])[region[row]].mean()
                 thing = replace(thing, color=_NAMES[stripes[0] if share >= 0.5 else stripes[1]])
             found.append(thing)
-        elif not solid:
+        elif not solid or (len(solid) == 1 and (labels[region] == solid[0]).mean() < 0.5):
             dirt += float(region.sum())
         elif len(solid) == 1:
             found.append(_measure(pixels, region, (solid[0],), colors))

@@ -46,7 +46,6 @@ RELATION_CELLS = {
 }
 # Centres of n equal things, as fractions of the sides.
 COUNT_CENTERS: dict[int, tuple[tuple[float, float], ...]] = {
-    1: ((0.5, 0.5),),
     2: ((0.25, 0.5), (0.75, 0.5)),
     3: ((0.2, 0.5), (0.5, 0.5), (0.8, 0.5)),
     4: ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)),

@@ -173,6 +173,26 @@ def test_blank_and_noise_are_refused(kind: str) -> None:
         assert not shapes_judge.judge(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8), scene).ok
 
 
+@pytest.mark.parametrize("style", ["plain", "outlined"])
+@pytest.mark.parametrize("shape", ["circle", "square", "cross"])
+def test_a_thing_of_no_color_is_of_none(shape: str, style: str) -> None:
+    """Grey is nearest to purple; and speckles of all colours have some of any."""
+    noise = np.random.default_rng(0)
+    for side, ground in itertools.product((64, 128), ("blue", "white")):
+        scene = Scene(Background("plain", ground), (Thing.of(shape, "purple", "large", style=style),))
+        pixels = _pixels(scene, side, side)
+        assert shapes_judge.judge(pixels, scene).ok
+        thing = (pixels == COLORS["purple"]).all(-1)
+        grey, speckled = pixels.copy(), pixels.copy()
+        grey[thing] = 128
+        places = np.argwhere(thing)[noise.random(thing.sum()) < 0.6]
+        speckled[tuple(places.T)] = np.array([COLORS[c] for c in ("red", "black", "green")])[
+            noise.integers(0, 3, len(places))
+        ]
+        for wrong in (grey, speckled):
+            assert not shapes_judge.judge(wrong, scene).ok
+
+
 def test_an_edit_must_leave_the_rest_alone() -> None:
     before = Scene(Background("plain", "blue"), (Thing.of("circle", "red", "small", "left"),))
     after = before.replace(things=(before.things[0].replace(color="green"),))
