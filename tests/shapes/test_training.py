@@ -84,14 +84,15 @@ def test_a_reader_is_right_only_about_what_is_said() -> None:
     ("step", "drawn"),
     [
         (9, 4 * [(False, train.SQUARE)]),
-        (10, [(False, train.SQUARE), (True, train.SQUARE)]),
-        (20, [(False, train.SQUARE), (False, train.OTHER_SIZES), (True, train.EDIT_SIZES)]),
-        (30, [(False, train.SQUARE), (False, train.OTHER_SIZES), (True, train.EDIT_SIZES)]),
+        (10, [(False, train.SQUARE), *2 * [(True, train.SQUARE)]]),
+        (20, [(False, train.SQUARE), (False, train.OTHER_SIZES), *2 * [(True, train.EDIT_SIZES)]]),
+        (21, [(False, train.SQUARE), *2 * [(True, train.EDIT_SIZES)]]),
+        (30, [(False, train.SQUARE), (False, train.OTHER_SIZES), *2 * [(True, train.EDIT_SIZES)]]),
     ],
 )
 def test_a_step_draws_the_sizes_of_its_phase_and_as_many_tokens(step: int, drawn: list) -> None:
     phase = train.portions(step, Namespace(edits_from=10, sizes_from=20, own_from=30))
-    assert [portion.own for portion in phase] == ([True, False, True] if step == 30 else [False] * len(phase))
+    assert [portion.own for portion in phase] == ([True, False, True, True] if step == 30 else [False] * len(phase))
     found: list[set] = [set() for _ in drawn]
     for seed in range(600):
         rng = Random(seed)
@@ -131,6 +132,45 @@ def test_what_is_certain_leaves_nothing_open(pools: dict[bool, data.Pool], edit:
         said += [thing.size for thing in scene.things if scene.relation != "inside"]
         assert all(word in caption.lower() for word in said)
     assert "" in pool.batch(300, Random(0)).captions
+
+
+def test_guidance_is_the_chance_that_an_edit_is_to_be_believed(pools: dict[bool, data.Pool]) -> None:
+    """If it is not, or nothing is asked for, the picture stays as it was."""
+    pool, stayed = pools[True], {True: list[bool](), False: list[bool]()}
+    latents = pool.latents[0].float()
+    batch = pool.batch(3000, Random(0))
+    assert batch.reference is not None
+    for caption, target, reference, guidance in zip(
+        batch.captions, batch.target, batch.reference, batch.guidance, strict=True
+    ):
+        (i,) = (latents[:, 1] == reference).flatten(1).all(1).nonzero().flatten().tolist()
+        assert caption in ("", pool.samples[i].caption)
+        as_it_was = torch.equal(target, reference)
+        if not caption:
+            assert as_it_was
+        elif guidance < 1:
+            stayed[True].append(as_it_was)
+        else:
+            stayed[False].append(as_it_was and guidance >= 2)
+            assert torch.equal(target, latents[i, 0]) or as_it_was
+    assert not any(stayed[False])
+    share = sum(stayed[True]) / len(stayed[True])  # the mean of (1 - guidance / 2) ** 2 up to 1 is 7 / 12
+    assert share == pytest.approx(7 / 12, abs=0.1)
+    assert batch.captions.count("") == pytest.approx(0.08 * 3000, rel=0.25)
+
+
+def test_guidance_is_the_chance_that_a_prompt_is_to_be_believed(pools: dict[bool, data.Pool]) -> None:
+    """If it is not, the prompt is another picture's."""
+    pool, believed = pools[False], {True: list[bool](), False: list[bool]()}
+    batch = pool.batch(3000, Random(0))
+    for caption, target, guidance in zip(batch.captions, batch.target, batch.guidance, strict=True):
+        (i,) = (pool.latents[0][:, 0].float() == target).flatten(1).all(1).nonzero().flatten().tolist()
+        scene = pool.samples[i].scene
+        shapes = {scene.word or "", *(thing.shape for thing in scene.things)} - {""}
+        if caption and shapes and (guidance < 1 or guidance >= 2):
+            believed[guidance.item() >= 2].append(all(shape.lower() in caption.lower() for shape in shapes))
+    assert all(believed[True])
+    assert sum(believed[False]) / len(believed[False]) < 0.75
 
 
 @pytest.mark.parametrize("edit", [False, True])
@@ -261,7 +301,9 @@ def test_latents_stay_with_their_captions(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_curves_fall_and_rise_where_the_numbers_do(tmp_path: Path) -> None:
-    losses = [{"stage": "reading", "step": step, "loss": 100.0 / step} for step in (1, 10, 100)]
+    # At 60 the run was stopped, and went on from 1.
+    losses = [{"stage": "reading", "step": step, "loss": 100.0 / step} for step in (1, 30, 30, 60, 100)]
+    losses.insert(2, {"stage": "reading", "step": 60, "loss": 90.0})
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in losses))
     judged = [
         {"snapshot": f"average-{step:06}", "each": 9, "single": share} for step, share in ((200, 1.0), (100, 0.0))
@@ -275,6 +317,25 @@ def test_curves_fall_and_rise_where_the_numbers_do(tmp_path: Path) -> None:
         heights = [np.flatnonzero(line[:, x]).mean() for x in range(plot.LEFT + 5, plot.WIDTH - plot.RIGHT - 5, 50)]
         assert heights == sorted(heights, reverse=not falls)
         assert max(heights) - min(heights) > 0.8 * (plot.HEIGHT - plot.TOP - plot.BOTTOM)
+
+
+def test_no_run_is_mistaken_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"step": 50}, tmp_path / "denoiser.pt")
+
+    def refused(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train", "--run", str(tmp_path), "--out", str(tmp_path / "out"), *options])
+        with pytest.raises(SystemExit):
+            train.main()
+        return capsys.readouterr().err
+
+    assert f"--steps is 49, but the run in {tmp_path} has come to step 50 already" in refused("--steps", "49")
+    assert "must not fall" in refused("--edits-from", "5", "--sizes-from", "4")
+    assert "goes on at step 2000, so --steps must be more, got 9" in refused("--start", "shapes", "--steps", "9")
+    (tmp_path / "autoencoder-raw.pt").touch()
+    assert f"another run has begun in {tmp_path}" in refused("--start", "shapes")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["autoencoder-raw.pt", "denoiser.pt"]
 
 
 @pytest.mark.parametrize("stage", [reading, autoencoder])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -279,8 +280,7 @@ def save_pipeline(folder: Path, model: Denoiser, autoencoder: Autoencoder) -> No
         AUTOENCODER.to_diffusers() | {"sample_size": PICTURE},
     )
     for part, module in (("text_encoder", model.clip), ("text_encoder_2", model.t5)):
-        module.to(torch.bfloat16).save_pretrained(folder / part)
-        module.float()
+        copy.deepcopy(module).to(torch.bfloat16).save_pretrained(folder / part)
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
     parts = {

@@ -20,12 +20,12 @@ Curve = Sequence[tuple[int, float]]  # steps and values
 def curves(run: Path) -> None:
     """Write `run/loss.png`: a panel of the loss, on a logarithmic scale, for each stage in `log.jsonl`, and one of the
     shares that are right if `accuracy.jsonl` has any."""
-    stages: dict[str, list[tuple[int, float]]] = {}
-    for entry in _entries(run / "log.jsonl"):
-        stages.setdefault(entry["stage"], []).append((entry["step"], math.log10(entry["loss"])))
+    stages: dict[str, dict[int, float]] = {}
+    for entry in _entries(run / "log.jsonl"):  # a resumed run repeats the steps that were not saved
+        stages.setdefault(entry["stage"], {})[entry["step"]] = math.log10(entry["loss"])
     panels: list[tuple[str, Mapping[str, Curve], float, float]] = []
-    for stage, points in stages.items():
-        low, high = (f(value for _, value in points) for f in (min, max))
+    for stage, losses in stages.items():
+        points, low, high = sorted(losses.items()), min(losses.values()), max(losses.values())
         title = f"{stage}: loss {10**high:.3g} .. {10**low:.3g}, {points[-1][0]} steps"
         panels.append((title, {"": points}, low, high))
     if (run / "accuracy.jsonl").exists():

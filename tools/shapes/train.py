@@ -52,7 +52,7 @@ EDIT_SIZES = {USUAL: 0.9, (48, 80): 0.025, (80, 48): 0.025, (48, 96): 0.025, (96
 PROMPTS, EDITS = 14, 28
 SHORT = 24
 LEARNING_RATE, WARMUP = 2e-3, 100
-FIRST_CHUNKS, GROW_EVERY = 14, 80  # chunks of 256 at the start, and steps between one more of each kind
+FIRST_CHUNKS, GROW_EVERY = 14, 40  # chunks of 256 at the start, and steps between one more of each kind
 
 
 class Portion(NamedTuple):
@@ -71,16 +71,16 @@ def portions(step: int, args: argparse.Namespace) -> list[Portion]:
 
     So it is with 64 px at first, and with every other size when its turn comes, mostly at times where it is decided;
     but a few hundred steps of nothing else cost all that was known of 64 px. Edits take longest to learn, so most
-    tokens are theirs. As soon as it can draw, the model is shown its own errors, see `rollouts`.
+    tokens are theirs, and other sizes come in only every other step. As soon as it can draw, the model is shown its
+    own errors, see `rollouts`.
     """
     prompts, edits = PROMPTS * (16 + MAX_LENGTH), EDITS * (32 + MAX_LENGTH)
     if step < args.edits_from:
         return [Portion(False, SQUARE, prompts, 0.8)] * 4
-    own = step >= args.own_from
-    work = [Portion(False, SQUARE, prompts, 0.4, own)]
-    if step >= args.sizes_from:
-        work.append(Portion(False, OTHER_SIZES, 770, 0.65))
-    return [*work, Portion(True, SQUARE if step < args.sizes_from else EDIT_SIZES, edits, 0.4, own)]
+    own, sizes = step >= args.own_from, step >= args.sizes_from
+    others = [Portion(False, OTHER_SIZES, 770, 0.65)] if sizes and step % 2 == 0 else []
+    edit = Portion(True, EDIT_SIZES if sizes else SQUARE, edits, 0.6, own)
+    return [Portion(False, SQUARE, prompts, 0.6, own), *others, edit, edit]
 
 
 def times(n: int, noise: torch.Generator, early: float) -> Tensor:
@@ -247,9 +247,9 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
             log(run, stage="denoiser", step=done, loss=total / (done - logged), seconds=time.time() - began)
             total, logged = 0.0, done
         if done % workers.SAVE_EVERY == 0 or done == args.steps:
+            workers.save(average, run / f"average-{done:06}.pt")
             weights = {"model": model.state_dict(), "average": average}
             workers.save({**weights, "optimizer": optimizer.state_dict(), "step": done, "first": first}, path)
-            workers.save(average, run / f"average-{done:06}.pt")
             plot.curves(run)
 
 
@@ -308,13 +308,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled shapes model.")
     parser.add_argument("--run", type=Path, required=True, help="working folder: checkpoints, latents, log, loss plot")
     parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
-    parser.add_argument("--steps", type=int, default=4_300, help="steps of the denoiser")
-    parser.add_argument("--edits-from", type=int, default=700, help="until this step, prompts alone, mostly noise")
+    parser.add_argument("--steps", type=int, default=7_000, help="steps of the denoiser")
+    parser.add_argument("--edits-from", type=int, default=600, help="until this step, prompts alone, mostly noise")
     parser.add_argument("--sizes-from", type=int, default=1_600, help="until this step, 64 px alone")
     parser.add_argument(
         "--own-from",
         type=int,
-        default=1_800,
+        default=2_000,
         help="from then on, the model's own paths too, and the learning rate falls to 0",
     )
     parser.add_argument("--start", type=Path, help="pipeline that this command wrote: begin there, at --own-from")
@@ -331,9 +331,13 @@ def main() -> None:
     if args.start is not None and args.steps <= args.own_from:
         parser.error(f"--start goes on at step {args.own_from}, so --steps must be more, got {args.steps}")
     args.run.mkdir(parents=True, exist_ok=True)
-    if args.start is not None and not (args.run / "denoiser.pt").exists():
-        if any(args.run.glob("autoencoder-raw*")):
-            parser.error(f"--start needs an empty folder, and another run has begun in {args.run}")
+    if args.start is not None and any(args.run.glob("autoencoder-raw*")):
+        parser.error(f"--start needs an empty folder, and another run has begun in {args.run}")
+    if (state := args.run / "denoiser.pt").exists():
+        done = torch.load(state, mmap=True)["step"]
+        if done > args.steps:
+            parser.error(f"--steps is {args.steps}, but the run in {args.run} has come to step {done} already")
+    elif args.start is not None:
         begin_from(args.start, args.run, args.own_from)
     if not (tokenizers := args.run / "tokenizers").exists():
         save_tokenizers(unfinished := args.run / "tokenizers.writing")

@@ -58,8 +58,8 @@ def save_t5(folder: Path, texts: list[str]) -> None:
     words = Counter(word for text in texts for word in re.findall(r"\w+", text))
     total = sum(words.values())
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    # A word costs less than any way to spell it: log frequencies, floored, against -20 for a character.
-    pieces += [(f"▁{word}", max(-12.0, (n / total) ** 0.5 - 8)) for word, n in sorted(words.items()) if len(word) > 1]
+    # A word costs less than any way to spell it: 8 at most, and each of its letters 14 or 20.
+    pieces += [(f"▁{word}", (n / total) ** 0.5 - 8) for word, n in sorted(words.items()) if len(word) > 1]
     pieces += [(f"▁{c}", -14.0) for c in string.ascii_letters + string.digits]
     pieces += [("▁", -10.0), *((c, -20.0) for c in string.printable.strip())]
     T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_LENGTH).save_pretrained(folder)
