@@ -6,7 +6,6 @@ python tools/demo.py FOLDER
 from __future__ import annotations
 
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -14,11 +13,12 @@ import torch
 from PIL import Image, ImageDraw
 
 import fluxkiln
+from fluxkiln.bench.fidelity import contact_sheet
 
 PROMPT = "a medium white star on the left of a blue background"
 EDIT = "move the star to the right"
 MASKED = "add a small black circle at the top right"
-SIDE, GAP, LINE = 256, 8, 14  # pixels: of a picture, between two, and of a line of text
+SIDE = 256  # of a picture on the sheet, pixels
 
 
 def main(folder: Path) -> None:
@@ -37,22 +37,11 @@ def main(folder: Path) -> None:
         path = folder / f"{name.replace(' ', '-')}.png"
         image.save(path)
         print(f"{name:12} {text!r} -> {path}")
-    white = ("mask", ("white is repainted", mask.convert("RGB")))
-    contact_sheet([*list(made.items())[:2], white, *list(made.items())[2:]]).save(folder / "sheet.png")
+    shown = [(f"{name}: {text}", [image]) for name, (text, image) in made.items()]
+    shown.insert(2, ("mask: white is repainted", [mask]))
+    contact_sheet(shown, SIDE).save(folder / "sheet.png")
     print(f"{pipe.summary()}; all of it took {time.perf_counter() - start:.1f} s")
     print(f"look at {folder / 'sheet.png'}")
-
-
-def contact_sheet(columns: list[tuple[str, tuple[str, Image.Image]]]) -> Image.Image:
-    """Pictures side by side, each under its name and what was asked for."""
-    top = 3 * LINE + GAP
-    sheet = Image.new("RGB", (len(columns) * (SIDE + GAP) + GAP, top + SIDE + GAP), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (name, (text, image)) in enumerate(columns):
-        x = GAP + i * (SIDE + GAP)
-        pen.text((x, GAP // 2), "\n".join([name, *textwrap.wrap(text, SIDE // 6)]), fill="black")
-        sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.NEAREST), (x, top))
-    return sheet
 
 
 if __name__ == "__main__":
