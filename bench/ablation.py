@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fluxkiln.bench import image
-from fluxkiln.bench.fidelity import fidelity
+from fluxkiln.bench.fidelity import fidelity, files
 from fluxkiln.bench.image import Settings
 from fluxkiln.bench.suite import Item
 from fluxkiln.files import write_text
@@ -117,7 +117,8 @@ def ablate(
                 row["record"] = image.common(made)
             else:
                 row["error"] = relative_errors(ends.latents, all_steps)
-                row |= fidelity(folder, truth)
+                originals = files(truth)
+                row |= fidelity({name: (path, originals[name]) for name, path in files(folder).items()})
             if judged := [verdict for verdict in image.measure(items, folder) if "ok" in verdict]:
                 row |= {"right": sum(verdict["ok"] for verdict in judged), "of": len(judged)}
             yield row
@@ -148,8 +149,9 @@ def run(args: argparse.Namespace) -> int:
     if args.precision not in image.DTYPES:
         wanted = " or ".join(image.DTYPES)
         raise ValueError(f"ablate quantises by itself: --precision must be {wanted}, got {args.precision!r}")
+    one_recipe = "ablate changes the recipe, and an engine has one: take --backend eager or triton"
     if args.backend == "trt":
-        raise ValueError("ablate changes the recipe, and an engine has one: take --backend eager or triton")
+        raise ValueError(one_recipe)
     if turn := next((item.id for item in items if item.follows), None):
         raise ValueError(f"ablate makes every picture from the same input: {turn} follows another, leave it out")
 
@@ -158,6 +160,10 @@ def run(args: argparse.Namespace) -> int:
     planned = recipes(args.format)
     pipe = fluxkiln.Pipeline.from_pretrained(args.model, **image.model_options(args))
     model = pipe.transformer
+    assert model.loaded is not None
+    args.backend = model.loaded.choice.backend  # what `auto` chose for the unquantised model makes every row
+    if args.backend == "trt":
+        raise ValueError(one_recipe)
     for recipe in planned.values():  # a refusal now, not after hours
         choose(args.backend, model.config, recipe, model.device, model.dtype)
 

@@ -9,13 +9,14 @@ import statistics
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from fluxkiln.bench import learned, metrics
 from fluxkiln.bench.metrics import Metric
+from fluxkiln.foreign import Part
 from fluxkiln.images import open_picture, rgb
 
 METRICS: dict[str, Metric] = {
@@ -36,18 +37,36 @@ def read(path: Path) -> np.ndarray:
 
 
 def files(folder: Path) -> dict[str, Path]:
-    """The pictures of a folder, or of its `images`, by name."""
-    inside = folder / "images" if (folder / "images").is_dir() else folder
-    return {path.stem: path for path in sorted(inside.glob("*")) if path.suffix.lower() in SUFFIXES}
+    """The pictures of a folder, or of its `images`, by name.
+
+    Raises:
+        ValueError: two have one name.
+    """
+    inside, found = folder / "images" if (folder / "images").is_dir() else folder, dict[str, Path]()
+    for path in sorted(inside.glob("*")):
+        if path.suffix.lower() in SUFFIXES:
+            if path.stem in found:
+                raise ValueError(f"{inside} has two pictures of one name, {found[path.stem].name} and {path.name}")
+            found[path.stem] = path
+    return found
+
+
+def _of_run(folder: Path) -> dict[str, Path]:
+    """The pictures of a folder; where it has a `results.json`, those that it names, and not an earlier run's."""
+    found, results = files(folder), folder / "results.json"
+    if not results.is_file():
+        return found
+    items = {item["id"] for item in json.loads(results.read_text())["items"]}
+    return {name: path for name, path in found.items() if name in items}
 
 
 def shared(*folders: Path, names: Collection[str] | None = None) -> dict[str, list[Path]]:
     """The pictures of each name, or of these `names`, that all folders or their `images` have, in their order.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or two in one folder have one name.
     """
-    found = [files(folder) for folder in folders]
+    found = [_of_run(folder) for folder in folders]
     common = [name for name in found[0] if all(name in pictures for pictures in found)]
     result = {name: [pictures[name] for pictures in found] for name in common if names is None or name in names}
     if not result:
@@ -56,22 +75,17 @@ def shared(*folders: Path, names: Collection[str] | None = None) -> dict[str, li
     return result
 
 
-def fidelity(
-    folder: Path, reference: Path, extra: Mapping[str, Metric] | None = None, names: Collection[str] | None = None
-) -> dict[str, Any]:
-    """Means of PSNR, SSIM, MS-SSIM and FLIP, and of `extra` metrics, over the pictures that two folders share.
-
-    Args:
-        names: only of these.
+def fidelity(pairs: Mapping[str, tuple[Path, Path]], extra: Mapping[str, Metric] | None = None) -> dict[str, Any]:
+    """Means of PSNR, SSIM, MS-SSIM, FLIP and `extra` metrics over pairs of a picture and its reference, by name.
 
     Returns:
         also `n` pairs, `equal` ones (whose PSNR is infinite and not in its mean), and `low`: the worst PSNR.
 
     Raises:
-        ValueError: they share none, or two of one name have different sizes.
+        ValueError: two of one name have different sizes.
     """
     scores: dict[str, list[float]] = {name: [] for name in (*METRICS, *(extra or {}))}
-    for name, (a, b) in shared(folder, reference, names=names).items():
+    for name, (a, b) in pairs.items():
         x, y = read(a), read(b)
         if x.shape != y.shape:
             sizes = f"{x.shape[1]} x {x.shape[0]} and {y.shape[1]} x {y.shape[0]}"
@@ -85,28 +99,46 @@ def fidelity(
 
 
 def check_floor(reference: Path, floor: Path) -> None:
-    """Where two folders say how they were made: a noise floor differs in who made it and in nothing else.
+    """Where both folders say how they were made: a noise floor differs in who made it and in nothing else.
 
     Raises:
-        ValueError: it has another suite, seed, number of steps or guidance.
+        ValueError: it has other weights or another precision, suite, seed, number of steps or guidance.
     """
     made = [folder / "results.json" for folder in (reference, floor)]
     if not all(path.is_file() for path in made):
         return
-    wanted, found = (json.loads(path.read_text()) for path in made)
-    for key in ("suite", "seed", "steps", "guidance", "true_cfg_scale", "negative_prompt"):
-        if wanted.get(key) != found.get(key):
-            values = f"{floor} has {key} {found.get(key)}, the reference {reference} {wanted.get(key)}"
+    wanted, found = (_asked(json.loads(path.read_text())) for path in made)
+    for key, value in wanted.items():
+        if found[key] != value:
+            values = f"{floor} has {key} {found[key]}, the reference {reference} {value}"
             raise ValueError(f"a noise floor is another implementation's run of the same requests: {values}")
 
 
+def _asked(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a run's pictures, whoever makes them. A peer's record has no tokenizers: they are the model's."""
+    keys = ("suite_sha256", "precision", "seed", "steps", "guidance", "true_cfg_scale", "negative_prompt")
+    weights = {part["name"]: part["identity"] for part in results["record"].get("parts", ())}
+    asked = {key: results.get(key) for key in keys}
+    return asked | {f"a {name} of sha256": weights.get(name) for name in get_args(Part)}
+
+
 def to_show(rows: Sequence[T], goodness: Callable[[T], float]) -> list[T]:
-    """What a contact sheet has room for: of too many rows, half are the worst, and half are spread over the others."""
-    if len(rows) <= SHEET_ROWS:
-        return list(rows)
+    """Rows for a contact sheet, worst first: of too many, half are the worst, and half are spread over the others."""
     ranked, half = sorted(rows, key=goodness), SHEET_ROWS // 2
+    if len(rows) <= SHEET_ROWS:
+        return ranked
     worst, rest = ranked[:half], ranked[half:]
     return [*worst, *(rest[i * len(rest) // half] for i in range(half))]
+
+
+def sheet_path(text: str) -> Path:
+    """An argument that names a picture to write: said to be wrong now, not after the work."""
+    path = Path(text)
+    if path.suffix.lower() not in SUFFIXES:
+        raise argparse.ArgumentTypeError(f"must end with {', '.join(SUFFIXES)}, got {text!r}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be in a folder that is there, got {text!r}")
+    return path
 
 
 def line(name: str, scores: Mapping[str, float | None]) -> str:
@@ -118,7 +150,7 @@ def contact_sheet(pictures: Iterable[tuple[str, Iterable[Image.Image]]], side: i
     """One picture to look at: captions, each above its pictures side by side; of these, one is in memory at a time."""
     rows = [(caption, [_shrunk(picture, side) for picture in several]) for caption, several in pictures]
     count = max(len(several) for _, several in rows)
-    columns = max(1, SHEET_COLUMNS // count)
+    columns = min(len(rows), max(1, SHEET_COLUMNS // count))
     cell, head = count * (side + 2) + 6, 2 * LINE + 4
     tall = side + head + 2
     sheet = Image.new("RGB", (columns * cell, -(-len(rows) // columns) * tall), "white")
@@ -143,7 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path, help="the reference")
     parser.add_argument("--floor", type=Path, help="another implementation's pictures: how far chance alone goes")
-    parser.add_argument("--sheet", type=Path, help="contact sheet of at most 60 pairs to write, worst first")
+    parser.add_argument("--sheet", type=sheet_path, help="contact sheet of at most 60 pairs to write, worst first")
     parser.add_argument("--lpips", choices=learned.LPIPS_NETS, help="also LPIPS, with the package and weights you have")
     parser.add_argument("--json", action="store_true")
 
@@ -153,9 +185,9 @@ def run(args: argparse.Namespace) -> int:
     pictures = shared(args.a, args.b, *([args.floor] if args.floor else []))
     if args.floor:
         check_floor(args.b, args.floor)
-    results = {"fidelity": fidelity(args.a, args.b, extra, pictures)}
+    results = {"fidelity": fidelity({name: (a, b) for name, (a, b, *_) in pictures.items()}, extra)}
     if args.floor:
-        results["noise_floor"] = fidelity(args.floor, args.b, extra, pictures)
+        results["noise_floor"] = fidelity({name: (floor, b) for name, (_, b, floor) in pictures.items()}, extra)
     if args.sheet:
         sides = (args.a, args.b) if args.a.name == args.b.name else (args.a.name, args.b.name)
         shown = to_show(list(pictures), lambda name: metrics.psnr(*map(read, pictures[name][:2])))

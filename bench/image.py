@@ -16,6 +16,7 @@ Pictures are made one at a time, so that each is what the same request alone wou
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -33,7 +34,7 @@ from PIL import Image
 from fluxkiln.bench import fidelity, learned, metrics, report, shapes_judge, suite
 from fluxkiln.bench.fidelity import contact_sheet, read
 from fluxkiln.bench.suite import Item
-from fluxkiln.cli import above_zero, pixels
+from fluxkiln.cli import above_zero, at_least_one, pixels
 from fluxkiln.files import write_text
 from fluxkiln.images import rgb
 
@@ -116,10 +117,11 @@ def make(
         out = request(pipe, item, settings, pictures, callback=callback)
         partial = path.with_suffix(".writing")
         out.images[0].save(partial, format="PNG")
-        partial.replace(path)
+        path.unlink(missing_ok=True)  # one that stayed would be taken for what the next line says, if stopped there
         made[item.id] = {"id": item.id, "key": out.record.key, "record": json.loads(out.record.to_json())}
         with open(log, "a") as file:
             file.write(json.dumps(made[item.id]) + "\n")
+        partial.replace(path)
         if progress and (count % 10 == 0 or count == len(items)):
             rate = (time.monotonic() - began) / count
             print(f"\r{count} of {len(items)}, {rate:.2f} s each ", end="", file=sys.stderr, flush=True)
@@ -144,6 +146,9 @@ def measure(items: Sequence[Item], folder: Path, readers: Readers | None = None)
 
     It has what the judge says (`ok`, `checks`) where an item has a scene or a text that somebody can read, and what
     the readers say.
+
+    Raises:
+        ValueError: a picture to edit, drawn or made, has another size than what was made of it.
     """
     readers, files = readers or Readers(), fidelity.files(folder)
     rows = []
@@ -151,7 +156,10 @@ def measure(items: Sequence[Item], folder: Path, readers: Readers | None = None)
         pixels = read(files[item.id])
         row: dict[str, Any] = {"id": item.id, "category": item.category, "edit": item.is_edit}
         if item.scene is not None:
-            row |= _judged(item, pixels, files[item.id].parent)
+            try:
+                row |= _judged(item, pixels, files[item.id].parent)
+            except ValueError as error:
+                raise ValueError(f"{item.id}: {error}") from None
         elif item.text is not None and readers.words is not None:
             row |= _spelt(readers.words(pixels), item.text)
         if readers.reward is not None:
@@ -163,7 +171,8 @@ def measure(items: Sequence[Item], folder: Path, readers: Readers | None = None)
 def _judged(item: Item, pixels: np.ndarray, made: Path) -> dict[str, Any]:
     assert item.scene is not None
     row: dict[str, Any] = {}
-    source = item.source(min(pixels.shape[:2]), made)
+    height, width = pixels.shape[:2]
+    source = replace(item, width=item.width or width, height=item.height or height).source(made=made)
     if item.without is not None:
         verdict = shapes_judge.judge_without(pixels, item.scene, item.without)
     elif source is None or item.before is None:
@@ -228,16 +237,25 @@ def common(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def latency(made: Sequence[dict[str, Any]], gpu_hour_price: float | None) -> dict[str, float]:
-    """Median seconds of text encoding, denoising, decoding and the whole, and the cost of a picture."""
+    """Median seconds of text encoding, denoising, decoding and the whole, and what a picture costs in the mean."""
     timings = [{**t, "denoise": sum(t["steps"])} for entry in made if (t := entry["record"].get("timings"))]
-    result = {
-        name: statistics.median(t[name] for t in timings)
-        for name in ("text", "encode", "modulate", "denoise", "decode", "total")
-        if timings
-    }
-    if gpu_hour_price is not None and "total" in result:
-        result["cost_per_image"] = result["total"] / 3600 * gpu_hour_price
+    if not timings:
+        return {}
+    names = ("text", "encode", "modulate", "denoise", "decode", "total")
+    result = {name: statistics.median(t[name] for t in timings) for name in names}
+    if gpu_hour_price is not None:
+        result["cost_per_image"] = statistics.mean(t["total"] for t in timings) / 3600 * gpu_hour_price
     return result
+
+
+def rewards(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Mean ImageReward of each category and of all, where the rows have it."""
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        if "image_reward" in row:
+            for group in (row["category"], "all"):
+                groups.setdefault(group, []).append(row["image_reward"])
+    return {group: statistics.mean(found) for group, found in groups.items()}
 
 
 # -- showing --------------------------------------------------------------------------------------------------------
@@ -292,9 +310,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0, help="the n-th item of the suite has this seed plus n")
     parser.add_argument("--size", type=pixels, metavar="WxH", help="of pictures whose item does not say, in pixels")
-    parser.add_argument("--limit", type=int, help="only so many items of each category")
+    parser.add_argument("--limit", type=at_least_one, help="only so many items of each category")
     parser.add_argument("--category", nargs="+", help="only these categories")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def add_reader_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image-reward", type=Path, metavar="FOLDER", help="also ImageReward, with its files there")
+    parser.add_argument("--ocr", choices=("tesseract",), help="reads the words of items that have a text but no scene")
+
+
+def readers(args: argparse.Namespace) -> Readers:
+    """What `add_reader_arguments` asks for."""
+    words = learned.tesseract() if args.ocr else None
+    return Readers(words, learned.image_reward(args.image_reward) if args.image_reward else None)
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -328,10 +357,20 @@ def select(args: argparse.Namespace) -> list[Item]:
     return items
 
 
+class _Commands(argparse._SubParsersAction):
+    """Refuses options before a command, which has its own: argparse would silently take these instead."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        for action in parser._actions:
+            if action.option_strings and getattr(namespace, action.dest, action.default) != action.default:
+                parser.error(f"{action.option_strings[-1]} stands before {values[0]}: give options after the command")
+        super().__call__(parser, namespace, values, option)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fluxkiln.bench import ablation, adherence
 
-    commands = parser.add_subparsers(metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND", action=_Commands)
     for name, module, what in (
         ("compare", fidelity, "say how far the pictures of one folder are from those of another"),
         ("judge", adherence, "say how many pictures of a folder, whoever made them, are what a suite asked for"),
@@ -352,13 +391,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--floor", type=Path, help="run of another implementation: its distance is the noise floor")
     parser.add_argument("--peer", choices=("diffusers",), help="let it make the pictures: a run for --floor")
     parser.add_argument(
-        "--step-errors", type=int, metavar="N", help="of N items: how far 1 and 4 steps end from eager in bf16"
+        "--step-errors", type=at_least_one, metavar="N", help="of N items: how far 1 and 4 steps end from eager in bf16"
     )
     parser.add_argument("--gpu-hour-price", type=above_zero, help="for the cost of a picture")
     parser.add_argument("--lpips", choices=learned.LPIPS_NETS, help="also LPIPS, with the package and weights you have")
-    parser.add_argument("--image-reward", type=Path, metavar="FOLDER", help="also ImageReward, with its files there")
-    parser.add_argument("--ocr", choices=("tesseract",), help="reads the words of items that have a text but no scene")
-    parser.add_argument("--sheet", type=Path, help="contact sheet to write, of at most 60 items, wrong ones first")
+    add_reader_arguments(parser)
+    parser.add_argument(
+        "--sheet", type=fidelity.sheet_path, help="contact sheet to write, of at most 60 items, wrong ones first"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -374,20 +414,19 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--step-errors, --dtype and --gpu-hour-price are of our own backends, not of a --peer")
     if args.peer and any(item.mask or item.control for item in items):
         raise ValueError("a --peer makes pictures from prompts and references, not from a mask or control picture")
+    if args.out.resolve() in [other.resolve() for other in _others(args)]:
+        raise ValueError(f"{args.out} is the --reference or the --floor: these pictures would be made over it")
     if args.reference:
         fidelity.shared(*_others(args), names=[item.id for item in items])
     if args.floor:
         fidelity.check_floor(args.reference, args.floor)
-    readers = Readers(
-        learned.tesseract() if args.ocr else None,
-        learned.image_reward(args.image_reward) if args.image_reward else None,
-    )
+    judges = readers(args)
     extra = {"lpips": learned.lpips(args.lpips)} if args.lpips else {}
     pipe = _open(args)
     every = {}
     for settings in sweep:
         folder = args.out if len(sweep) == 1 else args.out / settings.name
-        every[settings.name] = _one(args, pipe, items, folder, settings, readers, extra)
+        every[settings.name] = _one(args, pipe, items, folder, settings, judges, extra)
     if args.json:
         print(json.dumps(every if len(sweep) > 1 else every[sweep[0].name]))
     elif len(sweep) > 1:
@@ -415,40 +454,43 @@ def _one(
     items: Sequence[Item],
     folder: Path,
     settings: Settings,
-    readers: Readers,
+    judges: Readers,
     extra: dict[str, metrics.Metric],
 ) -> dict[str, Any]:
     """Make, measure, compare; write `results.json` and return what is in it."""
     made = make(pipe, items, folder, settings)
-    rows = [row | {"key": entry["key"]} for row, entry in zip(measure(items, folder, readers), made, strict=True)]
+    kinds = {
+        name: [entry for item, entry in zip(items, made, strict=True) if item.is_edit is edit]
+        for name, edit in (("prompts", False), ("edits", True))
+    }
+    rows = [row | {"key": entry["key"]} for row, entry in zip(measure(items, folder, judges), made, strict=True)]
     results: dict[str, Any] = {
         "suite": str(args.suite),
+        "suite_sha256": hashlib.sha256(suite.locate(args.suite).read_bytes()).hexdigest(),
         "model": args.model,
         "backend": args.peer or args.backend,
         "precision": args.precision,
         **{name: getattr(settings, name) for name in Settings.__dataclass_fields__},
         "summary": summarize(rows),
-        "latency": latency(made, args.gpu_hour_price),
+        "latency": {kind: latency(some, args.gpu_hour_price) for kind, some in kinds.items() if some},
         "items": rows,
         # The rest of every picture's record is in made.jsonl.
         "record": common(made),
     }
-    if readers.reward is not None:
-        by_category: dict[str, list[float]] = {}
-        for row in rows:
-            for group in (row["category"], "all"):
-                by_category.setdefault(group, []).append(row["image_reward"])
-        results["image_reward"] = {group: statistics.mean(rewards) for group, rewards in by_category.items()}
+    if found := rewards(rows):
+        results["image_reward"] = found
     if args.reference:
-        # The folder may hold more, of an earlier run.
-        names = fidelity.shared(folder, *_others(args), names=[item.id for item in items])
-        results["fidelity"] = fidelity.fidelity(folder, args.reference, extra, names)
+        mine, others = fidelity.files(folder), fidelity.shared(*_others(args), names=[item.id for item in items])
+        pairs = {name: (mine[name], reference) for name, (reference, *_) in others.items()}
+        results["fidelity"] = fidelity.fidelity(pairs, extra)
     if args.floor:
-        results["noise_floor"] = fidelity.fidelity(args.floor, args.reference, extra, names)
+        pairs = {name: (floor, reference) for name, (reference, floor) in others.items()}
+        results["noise_floor"] = fidelity.fidelity(pairs, extra)
     if args.step_errors:
         from fluxkiln.bench import ablation
 
-        some = items[: args.step_errors]
+        n = min(args.step_errors, len(items))
+        some = [items[i * len(items) // n] for i in range(n)]  # of all categories, if there are enough
         results["step_errors"] = ablation.step_errors(pipe, args.model, some, settings, folder / "images")
     if args.model == "shapes":
         results["note"] = SHAPES_NOTE
@@ -471,9 +513,11 @@ def _others(args: argparse.Namespace) -> list[Path]:
 def _print(args: argparse.Namespace, results: dict[str, Any]) -> None:
     nothing = "nothing to judge by: no item has a scene, or a text that --ocr reads"
     print(table(results["summary"]) if results["summary"] else nothing)
-    for name in ("fidelity", "noise_floor", "step_errors", "latency", "image_reward"):
-        if results.get(name):
-            print(fidelity.line(name, results[name]))
+    lines = {name: results.get(name) for name in ("fidelity", "noise_floor", "step_errors", "image_reward")}
+    lines |= {f"seconds, {kind}": seconds for kind, seconds in results["latency"].items()}
+    for name, scores in lines.items():
+        if scores:
+            print(fidelity.line(name, scores))
     if "note" in results and args.precision not in DTYPES:
         print(results["note"])
     print(f"{args.out / 'results.json'}")

@@ -1,6 +1,6 @@
-"""Measures that need other people's packages and weights: used where the user has them, never fetched by us.
+"""Measures that need other people's packages and weights: used where the user has them.
 
-lpips          the package `lpips`, with torchvision's backbone
+lpips          the package `lpips`; torchvision fetches its backbone, once, where its cache does not have it
 image_reward   ImageReward.pt and BERT's vocab.txt in a folder; the network is put together from transformers' BLIP
 tesseract      the package `pytesseract` and the program it calls: reads words in pictures of any model
 """
@@ -34,9 +34,13 @@ def lpips(net: str) -> Metric:
     """LPIPS 0.1 of two pictures `[H, W, 3]`, uint8; 0 for equal ones.
 
     Raises:
-        ValueError: the package is not installed.
+        ValueError: the package is not installed, or torchvision has no backbone and cannot fetch it.
     """
-    model = _package("lpips", "lpips").LPIPS(net=net, verbose=False)
+    package = _package("lpips", "lpips")
+    try:
+        model = package.LPIPS(net=net, verbose=False)
+    except OSError as error:
+        raise ValueError(f"LPIPS needs torchvision's weights of {net}, which cannot be fetched: {error}") from error
 
     def unit(picture: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1

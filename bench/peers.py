@@ -79,7 +79,8 @@ class DiffusersPipeline:
         self.pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.side = self.pipe.vae.config.sample_size
-        self.length = min(512, self.pipe.tokenizer_2.model_max_length)
+        guided = self.pipe.transformer.config.guidance_embeds  # all but schnell, which was trained with shorter texts
+        self.length = min(512 if guided else 256, self.pipe.tokenizer_2.model_max_length)
 
     def __call__(
         self,

@@ -24,6 +24,7 @@ from typing import Any
 from PIL import Image
 
 from fluxkiln import images
+from fluxkiln.bench import fidelity
 from fluxkiln.bench.shapes_scene import COLORS, Scene, draw
 
 BUNDLED = Path(__file__).parent / "suites"
@@ -35,6 +36,7 @@ KONTEXT: dict[str, tuple[type, ...]] = {
     "file_name": (str,),
 }
 FILES = ("image", "mask", "control")
+SUMMARIES = ("prompts", "edits", "all")  # of several categories
 OPTIONAL: dict[str, tuple[type, ...]] = {
     **dict.fromkeys((*FILES, "follows", "text", "negative_prompt", "without"), (str,)),
     **dict.fromkeys(("width", "height", "seed"), (int,)),
@@ -72,28 +74,28 @@ class Item:
 
         Args:
             side: of a drawn one, unless the item says its width and height.
-            made: folder with the pictures made for other items, `ID.png`.
+            made: folder with the pictures made for other items, `ID.png` or another picture's suffix.
 
         Raises:
             ValueError: the picture that it follows has not been made.
         """
         path = self.image
         if self.follows is not None:
-            path = None if made is None else made / f"{self.follows}.png"
-            if path is None or not path.is_file():
+            path = None if made is None else fidelity.files(made).get(self.follows)
+            if path is None:
                 raise ValueError(f"{self.id} edits the picture of {self.follows}, which is not made: select both")
         if path is not None:
             return images.open_picture(path)
         return None if self.before is None else draw(self.before, self.width or side, self.height or side)
 
 
-def load(name: str | Path) -> list[Item]:
-    """Read a suite: the name of a bundled one, a JSONL file, or a folder with `metadata.jsonl`.
+def locate(name: str | Path) -> Path:
+    """The file of a suite: that of a bundled one, a JSONL file, or a folder's `metadata.jsonl`.
 
     A folder of a bundled one's name is meant by `./name`, as with models.
 
     Raises:
-        ValueError: no such suite, or a line that is not as the format wants it.
+        ValueError: no such suite.
     """
     path, bundled = Path(name), {file.stem: file for file in BUNDLED.glob("*.jsonl")}
     if str(name) in bundled:
@@ -105,6 +107,16 @@ def load(name: str | Path) -> list[Item]:
         raise ValueError(
             f"no suite {str(name)!r}: expected one of {known}, a JSONL file, or a folder with metadata.jsonl"
         )
+    return path
+
+
+def load(name: str | Path) -> list[Item]:
+    """Read a suite, see `locate`.
+
+    Raises:
+        ValueError: no such suite, or a line that is not as the format wants it.
+    """
+    path = locate(name)
     items = []
     # Not splitlines: a prompt may hold U+2028 and the like.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
@@ -122,6 +134,8 @@ def load(name: str | Path) -> list[Item]:
         for file in filter(None, (item.image, item.mask, item.control)):
             if not file.is_file():
                 raise ValueError(f"{path}: {item.id} needs {file}, which is not there")
+        if item.category in SUMMARIES:
+            raise ValueError(f"{path}: no category can be called {item.category!r}, as a summary of several is")
         if item.id in known:
             raise ValueError(f"{path}: two items have the same id {item.id!r}")
         if item.follows is not None and item.follows not in known:

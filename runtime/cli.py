@@ -98,7 +98,15 @@ def above_zero(text: str) -> float:
     return value
 
 
-above_zero.__name__ = "float"  # what argparse calls it where the text is no number
+def at_least_one(text: str) -> int:
+    """A count of an argument that has to be 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text!r}")
+    return value
+
+
+above_zero.__name__, at_least_one.__name__ = "float", "int"  # what argparse calls them where the text is no number
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

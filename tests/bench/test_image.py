@@ -1,87 +1,26 @@
-"""The image benchmark around a pipeline that draws: suites, resume, tables, comparison."""
+"""The image benchmark around a pipeline that draws: suites, resume, tables."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from painter import ITEMS, SCENE, TURNS, Painter, suite_file
 from PIL import Image
 
-import fluxkiln
 from fluxkiln.bench import ablation, fidelity, image, learned, suite
-from fluxkiln.bench.shapes_scene import Background, Scene, Thing, draw
+from fluxkiln.bench.shapes_scene import Background, draw
 from fluxkiln.cli import main
 from fluxkiln.config import FluxConfig
 from fluxkiln.kernels import backend, registry
 
 BENCH = ["bench", "image"]
-SCENE = Scene(Background("plain", "blue"), (Thing.of("star", "red", "large"),))
-AFTER = SCENE.replace(things=(SCENE.things[0].replace(color="white"),))
-LAST = AFTER.replace(background=Background("plain", "green"))
-ITEMS = [
-    suite.Item("single-0", "single", "a large red star on a blue background", scene=SCENE, number=1),
-    suite.Item("recolor-0", "recolor", "make the star white", scene=AFTER, before=SCENE, number=2),
-    suite.Item("free-0", "free", "a fox", width=32, height=48, number=3),
-]
-TURNS = [
-    suite.Item("t-1", "turn 1", "make the star white", scene=AFTER, before=SCENE, number=1),
-    suite.Item("t-2", "turn 2", "put it on green", scene=LAST, before=AFTER, follows="t-1", number=2),
-]
-
-
-class Painter:
-    """Stands in for a pipeline: makes what the suite asks for, or something else where `wrong` names the prompt.
-
-    At guidance 0 everything is wrong.
-    """
-
-    side = 64
-    transformer: Any = None
-
-    def __init__(self, wrong: str = "", version: str = "1") -> None:
-        self.wrong, self.version, self.calls = wrong, version, list[dict[str, Any]]()
-
-    def __call__(self, prompt: str, dry_run: bool = False, callback: object = None, **options: Any) -> Any:
-        source = options.pop("image")
-        seen = None if source is None else hashlib.sha256(source.tobytes()).hexdigest()
-        key = json.dumps([self.version, self.wrong, prompt, seen, options], sort_keys=True, default=str)
-        timings = {"text": 0.1, "encode": 0.0, "modulate": 0.1, "steps": [0.2, 0.3], "decode": 0.1, "total": 1.0}
-        record = SimpleNamespace(key=key, to_json=lambda: json.dumps({"timings": timings, "backend": "painter"}))
-        if dry_run:
-            return SimpleNamespace(images=[], record=record)
-        self.calls.append({"prompt": prompt, "image": source, **options})
-        scenes = {item.prompt: item.scene for item in (*ITEMS, *TURNS)}
-        wrong = prompt == self.wrong or options["guidance_scale"] == 0
-        scene = None if wrong else scenes.get(prompt)
-        size = (options["width"] or 64, options["height"] or 64)
-        picture = Image.new("RGB", size, "green") if scene is None else draw(scene, *size)
-        return SimpleNamespace(images=[picture], record=record)
-
-
-@pytest.fixture
-def painter(monkeypatch: pytest.MonkeyPatch) -> Painter:
-    """What the command line opens, whatever it is asked for."""
-    painter = Painter()
-    monkeypatch.setattr(fluxkiln.Pipeline, "from_pretrained", lambda model, **options: painter)
-    return painter
-
-
-def suite_file(folder: Path, items: list[suite.Item]) -> Path:
-    lines = []
-    for item in items:
-        data = {k: v for k, v in dataclasses.asdict(item).items() if v is not None and k != "number"}
-        data |= {key: getattr(item, key).to_dict() for key in ("scene", "before") if getattr(item, key)}
-        lines.append(json.dumps(data))
-    (folder / "suite.jsonl").write_text("\n".join(lines))
-    return folder / "suite.jsonl"
 
 
 def test_makes_measures_and_resumes(tmp_path: Path) -> None:
@@ -100,6 +39,8 @@ def test_makes_measures_and_resumes(tmp_path: Path) -> None:
     assert summary["all"]["n"] == summary["all"]["right"] == 2  # the free prompt has no scene to judge by
     assert (summary["prompts"]["n"], summary["edits"]["n"]) == (1, 1)
     assert "recolor" in image.table(summary)
+    slow = {"record": {"timings": {**made[0]["record"]["timings"], "total": 4.0}}}
+    assert image.latency([*made, slow], 3600.0)["cost_per_image"] == 1.75  # the mean: the sum is what is paid
     costs = image.latency(made, gpu_hour_price=3600.0)
     assert costs == pytest.approx(
         {"text": 0.1, "encode": 0, "modulate": 0.1, "denoise": 0.5, "decode": 0.1, "total": 1, "cost_per_image": 1}
@@ -115,6 +56,41 @@ def test_makes_again_what_would_come_out_differently(tmp_path: Path, change: str
         Image.new("RGB", (64, 64)).save(tmp_path / "images" / "t-1.png")
     image.make(painter, TURNS, tmp_path, settings, progress=False)
     assert len(painter.calls) == (1 if change == "picture" else 2)
+
+
+def test_a_run_stopped_within_a_picture_mistakes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of settings A, then of B, stopped at any moment between picture and log, then of A again."""
+    old, new = (image.Settings(guidance=guidance) for guidance in (3.5, 0.0))
+    image.make(Painter(), ITEMS[:1], tmp_path, old, progress=False)
+    picture = tmp_path / "images" / "single-0.png"
+    right = picture.read_bytes()
+
+    def stop(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("unlink", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                image.make(Painter(), ITEMS[:1], tmp_path, new, progress=False)
+        for settings, same in ((old, True), (new, False), (old, True)):
+            image.make(Painter(), ITEMS[:1], tmp_path, settings, progress=False)
+            assert (picture.read_bytes() == right) is same
+
+
+def test_step_errors_are_of_all_categories(
+    painter: Painter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [suite.Item(f"{kind}-{i}", kind, f"{kind} {i}") for kind in "abc" for i in range(4)]
+    seen: list[str] = []
+    monkeypatch.setattr(ablation, "step_errors", lambda pipe, model, some, *rest: seen.extend(i.id for i in some))
+    command = [*BENCH, "--suite", str(suite_file(tmp_path, items)), "--out", str(tmp_path / "run"), "--step-errors"]
+    assert main([*command, "3"]) == 0
+    assert seen == ["a-0", "b-0", "c-0"]
+    assert main([*command, "99"]) == 0
+    assert len(seen) == 3 + 12
+    assert main([*command, "0"]) == 2
+    assert "--step-errors: must be at least 1, got '0'" in capsys.readouterr().err
 
 
 def test_an_item_has_the_same_seed_whatever_else_is_selected(painter: Painter, tmp_path: Path) -> None:
@@ -212,121 +188,6 @@ def test_words_of_any_picture_are_read_by_whoever_can(tmp_path: Path) -> None:
     assert (row["ok"], row["read"], row["edit_distance"], row["image_reward"]) == (False, "OPEM", 1, 0.5)
 
 
-def test_compare_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folders = [tmp_path / name for name in "ab"]
-    for folder, wrong in zip(folders, ("", ITEMS[0].prompt), strict=True):
-        image.make(Painter(wrong), ITEMS, folder, image.Settings(steps=4), progress=False)
-    sheet = tmp_path / "sheet.png"
-    options = ["--floor", str(folders[1]), "--sheet", str(sheet), "--json"]
-    assert main([*BENCH, "compare", *map(str, folders), *options]) == 0
-    results = json.loads(capsys.readouterr().out)
-    scores = results["fidelity"]
-    assert scores["n"] == 3
-    assert scores["equal"] == 2
-    assert scores["ssim"] < 1
-    assert scores["low"] == scores["psnr"]  # of one pair
-    assert results["noise_floor"]["equal"] == 3
-    with Image.open(sheet) as picture:
-        assert np.asarray(picture).std() > 10
-    (tmp_path / "empty").mkdir()
-    assert main([*BENCH, "compare", str(folders[0]), str(tmp_path / "empty")]) == 1
-    said = f"fluxkiln: {folders[0]} and {tmp_path / 'empty'} have no picture of the same name\n"
-    assert capsys.readouterr().err == said
-    assert main([*BENCH, "compare", str(folders[0])]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    Image.new("RGB", (16, 32)).save(tmp_path / "empty" / "single-0.JPEG")
-    assert main([*BENCH, "compare", str(folders[0]), str(tmp_path / "empty")]) == 1
-    assert "single-0: the pictures have different sizes, 64 x 64 and 16 x 32" in capsys.readouterr().err
-
-
-def test_fidelity_is_of_this_runs_pictures(
-    painter: Painter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["--suite", str(suite_file(tmp_path, ITEMS)), "--out", str(tmp_path / "run")]
-    assert main([*BENCH, *command]) == 0
-    assert main([*BENCH, *command, "--floor", str(tmp_path / "run")]) == 1
-    assert "give both" in capsys.readouterr().err
-    one = [*command, "--category", "single", "--reference", str(tmp_path / "run"), "--floor", str(tmp_path / "run")]
-    assert main([*BENCH, *one]) == 0
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["fidelity"]["n"] == results["noise_floor"]["n"] == 1
-    made = len(painter.calls)
-    (tmp_path / "other").mkdir()
-    for other in ("typo", "other"):  # said before anything is made
-        options = ["--reference", str(tmp_path / "run"), "--floor", str(tmp_path / other)]
-        assert main([*BENCH, "--suite", command[1], "--out", str(tmp_path / "new"), *options]) == 1
-        assert f"{tmp_path / other} have no picture of this run of the same name" in capsys.readouterr().err
-    assert len(painter.calls) == made
-
-
-def test_the_noise_floor_is_of_the_same_pictures(
-    painter: Painter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, items in (("a", ITEMS[:1]), ("b", ITEMS), ("floor", ITEMS)):
-        image.make(Painter(ITEMS[1].prompt if name == "floor" else ""), items, tmp_path / name, image.Settings())
-    folders = [str(tmp_path / name) for name in ("a", "b")]
-    capsys.readouterr()
-    assert main([*BENCH, "compare", *folders, "--floor", str(tmp_path / "floor"), "--json"]) == 0
-    results = json.loads(capsys.readouterr().out)
-    # The floor's wrong picture is not in a.
-    assert results["fidelity"]["n"] == results["noise_floor"]["n"] == results["noise_floor"]["equal"] == 1
-
-
-def test_a_floor_of_other_requests_is_none(
-    painter: Painter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["--suite", str(suite_file(tmp_path, ITEMS))]
-    for name, options in {"a": [], "b": ["--seed", "7"], "c": ["--precision", "fp8"]}.items():
-        assert main([*BENCH, *command, *options, "--out", str(tmp_path / name)]) == 0
-    a, b, c = (str(tmp_path / name) for name in "abc")
-    assert main([*BENCH, "compare", c, a, "--floor", a]) == 0
-    made = len(painter.calls)
-    for wrong in (["compare", c, a, "--floor", b], [*command, "--reference", a, "--floor", b]):
-        capsys.readouterr()
-        assert main([*BENCH, *wrong]) == 1
-        assert f"{b} has seed 7, the reference {a} 0" in capsys.readouterr().err
-    assert len(painter.calls) == made
-    # Against another seed, or fewer steps, a run may be compared: that is no claim about chance.
-    assert main([*BENCH, "compare", a, b]) == 0
-
-
-def test_a_sheet_shows_the_worst_and_some_of_the_rest() -> None:
-    assert fidelity.to_show([3, 1, 2], lambda i: i) == [3, 1, 2]
-    rows = list(range(1000))
-    shown = fidelity.to_show(rows, lambda i: i % 100)
-    assert len(set(shown)) == len(shown) == 60
-    assert {i for i in rows if i % 100 < 3} <= set(shown)
-    assert max(i % 100 for i in shown) > 90
-
-
-def test_the_judge_takes_pictures_of_anybody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = suite_file(tmp_path, ITEMS)
-    ours, theirs = tmp_path / "ours" / "images", tmp_path / "theirs"
-    for folder in (ours, theirs):
-        folder.mkdir(parents=True)
-    for item in ITEMS[:2]:
-        assert item.scene is not None
-        draw(item.scene).save(ours / f"{item.id}.png")
-    draw(SCENE).save(theirs / "single-0.webp", lossless=True)
-    draw(SCENE).save(theirs / "recolor-0.png")  # not white
-    folders = [str(ours.parent), str(theirs)]
-    assert main([*BENCH, "judge", *folders, "--suite", str(path), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [found[folder]["all"]["right"] for folder in folders] == [2, 1]
-    assert main([*BENCH, "judge", *folders, "--suite", str(path), "--category", "single"]) == 0
-    said = capsys.readouterr().out
-    assert f"{theirs}: 1 of 1 items" in said
-    assert said.count("100.0%") == 6  # share and upper end in each table, and side by side
-    (theirs / "single-0.webp").unlink()  # side by side are only items that both have
-    assert main([*BENCH, "judge", *folders, "--suite", str(path), "--json"]) == 0
-    assert [list(entry) for entry in json.loads(capsys.readouterr().out).values()] == [["recolor"]] * 2
-    (tmp_path / "empty").mkdir()
-    assert main([*BENCH, "judge", str(tmp_path / "empty"), "--suite", str(path)]) == 1
-    assert "have no picture of this run of the same name" in capsys.readouterr().err
-    assert main([*BENCH, "judge", str(theirs), "--suite", str(path), "--category", "free"]) == 1
-    assert "no item of" in capsys.readouterr().err
-
-
 def test_preference_is_told_by_category(
     painter: Painter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -362,20 +223,6 @@ def test_results_are_json_where_nothing_else_changed(painter: Painter, tmp_path:
     rows = json.loads((tmp_path / "run" / "results.json").read_text(), parse_constant=refuse)["items"]
     assert rows[1]["checks"]["unchanged"]
     assert rows[1]["unchanged_psnr"] is None
-
-
-def test_pictures_are_read_as_the_pipeline_reads_them(tmp_path: Path) -> None:
-    """Transparent parts over white, upright."""
-    picture, exif = Image.new("RGBA", (4, 2), (0, 0, 0, 0)), Image.Exif()
-    exif[0x0112] = 6  # lies on its side
-    picture.save(tmp_path / "a.png", exif=exif)
-    assert fidelity.read(tmp_path / "a.png").tolist() == np.full((4, 2, 3), 255).tolist()
-    painter = Painter()
-    item = suite.Item("a", "edit", "a fox", image=tmp_path / "a.png")
-    image.request(painter, item, image.Settings())
-    assert (painter.calls[0]["image"].mode, painter.calls[0]["image"].filename) == ("RGBA", str(tmp_path / "a.png"))
-    sheet = np.asarray(fidelity.contact_sheet([("a", [painter.calls[0]["image"]])], side=64))
-    assert (sheet[-60:] == 255).all()
 
 
 def test_masks_and_control_pictures_reach_the_pipeline(painter: Painter, tmp_path: Path) -> None:
@@ -419,6 +266,7 @@ def test_kontextbench_folder(painter: Painter, tmp_path: Path, capsys: pytest.Ca
         ('{"id": "../1", "category": "a", "prompt": "x"}', "the id '../1' is no name for a file"),
         ('{"id": 1, "category": "a", "prompt": "x", "image": "a.png"}', "1 needs .*a.png, which is not there"),
         ('{"id": 1, "category": "a", "prompt": "x", "mask": "m.png"}', "1 needs .*m.png, which is not there"),
+        ('{"id": 1, "category": "all", "prompt": "x"}', "no category can be called 'all'"),
         ("[1, 2]", "expected an object with the keys id, category, prompt, got"),
         ('{"id": "", "category": "a", "prompt": "x"}', "the id '' is no name for a file"),
         ('{"id": 1, "category": "a", "prompt": 7}', "prompt must be str, got 7"),
@@ -491,8 +339,10 @@ def test_triton_runs_what_an_ablation_quantises(monkeypatch: pytest.MonkeyPatch,
 
 def test_an_ablation_that_cannot_end_does_not_begin(painter: Painter, capsys: pytest.CaptureFixture[str]) -> None:
     painter.transformer = SimpleNamespace(config=FluxConfig(), device=torch.device("cpu"), dtype=torch.float32)
-    assert main([*BENCH, "ablate", "--backend", "triton", "--limit", "1"]) == 1
-    assert "backend triton: the kernels compute in bfloat16" in capsys.readouterr().err
+    for chosen, message in (("triton", "backend triton: the kernels compute in bfloat16"), ("trt", "has one: take")):
+        painter.transformer.loaded = SimpleNamespace(choice=SimpleNamespace(backend=chosen))
+        assert main([*BENCH, "ablate", "--backend", "auto", "--limit", "1"]) == 1
+        assert message in capsys.readouterr().err
     assert painter.calls == []
 
 

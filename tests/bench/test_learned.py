@@ -8,6 +8,7 @@ import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -54,6 +55,15 @@ def test_lpips_is_given_pictures_from_minus_one_to_one(monkeypatch: pytest.Monke
     measure = learned.lpips("vgg")
     assert measure(RED, RED) == 0
     assert measure(RED, GREY) == pytest.approx((1.6**2 + 2 * 0.4**2) / 3)
+
+
+def test_a_backbone_that_cannot_be_fetched_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(net: str, verbose: bool) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=unreachable))
+    with pytest.raises(ValueError, match=r"torchvision's weights of vgg, which cannot be fetched: .*no network"):
+        learned.lpips("vgg")
 
 
 def test_tesseract_reads_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
