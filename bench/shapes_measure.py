@@ -212,21 +212,22 @@ def fit_shape(cover: NDArray[np.float32]) -> tuple[str, float, float, float, flo
     return best
 
 
-def _colors_in(pixels: Pixels, region: Mask) -> tuple[NDArray[np.int64], Mask, list[int]]:
-    """Nearest palette entry of every pixel, where it is near, and the solid ones: neither dirt of another colour, which
-    is far from all, nor the blur between two others."""
+def _colors_in(pixels: Pixels, region: Mask) -> tuple[NDArray[np.int64], Mask, list[int], int]:
+    """Nearest palette entry of every pixel, where it is near, which are more than the blur between two others, and how
+    many pixels have as much of a colour that is none of the palette's."""
     distances = np.linalg.norm(pixels[:, :, None].astype(np.float32) - _PALETTE, axis=-1)
     labels, pure = distances.argmin(-1), distances.min(-1) < PURE
     area = region.sum()
-    solid = []
+    solid, muddy = [], 0
     for value in np.unique(labels[region]):
         part = region & (labels == value)
         inside = erode(part)
         if part.sum() >= 0.03 * area and (inside.any() or area < 60):
-            off = np.median(distances[..., value][inside if inside.any() else part])
-            if off < NOT_BACKGROUND:
+            if np.median(distances[..., value][inside if inside.any() else part]) < NOT_BACKGROUND:
                 solid.append(int(value))
-    return labels, pure, solid
+            else:
+                muddy += int(part.sum())
+    return labels, pure, solid, muddy
 
 
 def _stripes(labels: NDArray[np.int64], region: Mask, pure: Mask) -> tuple[int, int] | None:
@@ -300,7 +301,7 @@ def find_things(pixels: Pixels, background: Background) -> tuple[list[Found], fl
         if region.sum() < smallest:
             dirt += float(region.sum())
             continue
-        labels, pure, solid = _colors_in(pixels, region)
+        labels, pure, solid, muddy = _colors_in(pixels, region)
         if stripes := _stripes(labels, region, pure):
             thing = _measure(pixels, region, stripes, colors, "striped")
             if {_NAMES[value] for value in stripes} == {"white", "black"}:  # the own colour crosses the centre
@@ -308,9 +309,12 @@ def find_things(pixels: Pixels, background: Background) -> tuple[list[Found], fl
                 share = (labels[row] == stripes[0])[region[row]].mean()
                 thing = replace(thing, color=_NAMES[stripes[0] if share >= 0.5 else stripes[1]])
             found.append(thing)
-        elif not solid or (len(solid) == 1 and (labels[region] == solid[0]).mean() < 0.5):
+            continue
+        if not solid or (len(solid) == 1 and (labels[region] == solid[0]).mean() < 0.5):
             dirt += float(region.sum())
-        elif len(solid) == 1:
+            continue
+        dirt += muddy
+        if len(solid) == 1:
             found.append(_measure(pixels, region, (solid[0],), colors))
         else:  # things that touch, or one in front of another
             for value in solid:
