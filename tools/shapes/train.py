@@ -319,7 +319,7 @@ def main() -> None:
     )
     parser.add_argument("--start", type=Path, help="pipeline that this command wrote: begin there, at --own-from")
     parser.add_argument("--autoencoder-steps", type=int, default=5_000)
-    parser.add_argument("--polish-steps", type=int, default=4_000, help="of the decoder alone, on whitened latents")
+    parser.add_argument("--polish-steps", type=int, default=8_000, help="of the decoder alone, on whitened latents")
     parser.add_argument("--reading-steps", type=int, default=500)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 1 for a GPU")
     parser.add_argument("--compile", action="store_true", help="a faster transformer; takes a C++ compiler")
