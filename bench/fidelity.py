@@ -53,11 +53,16 @@ def files(folder: Path) -> dict[str, Path]:
 
 def _of_run(folder: Path) -> dict[str, Path]:
     """The pictures of a folder; where it has a `results.json`, those that it names, and not an earlier run's."""
-    found, results = files(folder), folder / "results.json"
-    if not results.is_file():
-        return found
-    items = {item["id"] for item in json.loads(results.read_text())["items"]}
+    found, results = files(folder), _results(folder)
+    items = found if results is None else {item["id"] for item in results["items"]}
     return {name: path for name, path in found.items() if name in items}
+
+
+def _results(folder: Path) -> dict[str, Any] | None:
+    """What a run of ours says of its pictures; None of other pictures."""
+    path = folder / "results.json"
+    results = json.loads(path.read_text()) if path.is_file() else None
+    return results if isinstance(results, dict) and {"items", "record"} <= results.keys() else None
 
 
 def shared(*folders: Path, names: Collection[str] | None = None) -> dict[str, list[Path]]:
@@ -104,10 +109,10 @@ def check_floor(reference: Path, floor: Path) -> None:
     Raises:
         ValueError: it has other weights or another precision, suite, seed, number of steps or guidance.
     """
-    made = [folder / "results.json" for folder in (reference, floor)]
-    if not all(path.is_file() for path in made):
+    made = [_asked(results) for folder in (reference, floor) if (results := _results(folder)) is not None]
+    if len(made) < 2:
         return
-    wanted, found = (_asked(json.loads(path.read_text())) for path in made)
+    wanted, found = made
     for key, value in wanted.items():
         if found[key] != value:
             values = f"{floor} has {key} {found[key]}, the reference {reference} {value}"

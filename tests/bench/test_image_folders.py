@@ -62,9 +62,13 @@ def test_fidelity_is_of_this_runs_pictures(
     assert results["fidelity"]["n"] == results["noise_floor"]["n"] == 1
     # A run of fewer items in the same folder leaves pictures there that its results are not about.
     assert main([*BENCH, *command, "--category", "single"]) == 0
-    capsys.readouterr()
-    assert main([*BENCH, "compare", str(tmp_path / "again"), str(tmp_path / "run"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["fidelity"]["n"] == 1
+    assert main([*BENCH, *command, "--out", str(tmp_path / "whole")]) == 0
+    for results, n in ((None, 1), ('{"of": "somebody else"}', 3)):
+        if results:
+            (tmp_path / "run" / "results.json").write_text(results)
+        capsys.readouterr()
+        assert main([*BENCH, "compare", str(tmp_path / "whole"), str(tmp_path / "run"), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["fidelity"]["n"] == n
     made = len(painter.calls)
     (tmp_path / "other").mkdir()
     for other in ("typo", "other"):  # said before anything is made
