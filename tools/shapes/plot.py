@@ -25,7 +25,7 @@ def curves(run: Path) -> None:
         stages.setdefault(entry["stage"], {})[entry["step"]] = math.log10(entry["loss"])
     panels: list[tuple[str, Mapping[str, Curve], float, float]] = []
     for stage, losses in stages.items():
-        points, low, high = sorted(losses.items()), min(losses.values()), max(losses.values())
+        points, low, high = list(losses.items()), min(losses.values()), max(losses.values())
         title = f"{stage}: loss {10**high:.3g} .. {10**low:.3g}, {points[-1][0]} steps"
         panels.append((title, {"": points}, low, high))
     if (run / "accuracy.jsonl").exists():
