@@ -190,7 +190,7 @@ def test_a_thing_of_no_color_is_of_none(shape: str, style: str) -> None:
             noise.integers(0, 3, len(places))
         ]
         stained, (y, x) = pixels.copy(), np.argwhere(thing)[thing.sum() // 2]
-        stained[y : y + side // 8, x : x + side // 8] = (150, 200, 150)  # nearest to white, and far from it
+        stained[y : y + side // 8, x : x + side // 8] = (150, 200, 150)  # 135 from the nearest colour
         for wrong in (grey, speckled, stained):
             assert not shapes_judge.judge(wrong, scene).ok
 
