@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fluxkiln.bench import image
+from fluxkiln.bench import image, scoring
 from fluxkiln.bench.fidelity import fidelity, files
 from fluxkiln.bench.image import Settings
 from fluxkiln.bench.suite import Item
@@ -119,7 +119,7 @@ def ablate(
                 row["error"] = relative_errors(ends.latents, all_steps)
                 originals = files(truth)
                 row |= fidelity({name: (path, originals[name]) for name, path in files(folder).items()})
-            if judged := [verdict for verdict in image.measure(items, folder) if "ok" in verdict]:
+            if judged := [verdict for verdict in scoring.measure(items, folder) if "ok" in verdict]:
                 row |= {"right": sum(verdict["ok"] for verdict in judged), "of": len(judged)}
             yield row
 

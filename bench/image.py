@@ -19,24 +19,21 @@ import argparse
 import hashlib
 import itertools
 import json
-import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image
 
-from fluxkiln.bench import fidelity, learned, metrics, report, shapes_judge, suite
+from fluxkiln.bench import fidelity, learned, metrics, report, scoring, suite
 from fluxkiln.bench.fidelity import contact_sheet, read
 from fluxkiln.bench.suite import Item
 from fluxkiln.cli import above_zero, at_least_one, pixels
 from fluxkiln.files import write_text
-from fluxkiln.images import rgb
 
 if TYPE_CHECKING:
     from fluxkiln.pipeline import Output, Pipeline
@@ -133,104 +130,6 @@ def make(
 # -- measuring ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Readers:
-    """What judges pictures that are not of the bundled world, each where the user has it."""
-
-    words: Callable[[np.ndarray], str] | None = None
-    reward: Callable[[str, np.ndarray], float] | None = None
-
-
-def measure(items: Sequence[Item], folder: Path, readers: Readers | None = None) -> list[dict[str, Any]]:
-    """A row for the picture of each item in `folder`, or in its `images`.
-
-    It has what the judge says (`ok`, `checks`) where an item has a scene or a text that somebody can read, and what
-    the readers say.
-
-    Raises:
-        ValueError: a picture to edit, drawn or made, has another size than what was made of it.
-    """
-    readers, files = readers or Readers(), fidelity.files(folder)
-    rows = []
-    for item in items:
-        pixels = read(files[item.id])
-        row: dict[str, Any] = {"id": item.id, "category": item.category, "edit": item.is_edit}
-        if item.scene is not None:
-            try:
-                row |= _judged(item, pixels, files[item.id].parent)
-            except ValueError as error:
-                raise ValueError(f"{item.id}: {error}") from None
-        elif item.text is not None and readers.words is not None:
-            row |= _spelt(readers.words(pixels), item.text)
-        if readers.reward is not None:
-            row["image_reward"] = readers.reward(item.prompt, pixels)
-        rows.append(row)
-    return rows
-
-
-def _judged(item: Item, pixels: np.ndarray, made: Path) -> dict[str, Any]:
-    assert item.scene is not None
-    row: dict[str, Any] = {}
-    height, width = pixels.shape[:2]
-    source = replace(item, width=item.width or width, height=item.height or height).source(made=made)
-    if item.without is not None:
-        verdict = shapes_judge.judge_without(pixels, item.scene, item.without)
-    elif source is None or item.before is None:
-        verdict = shapes_judge.judge(pixels, item.scene)
-    else:
-        verdict = shapes_judge.judge_edit(np.asarray(rgb(source)), pixels, item.before, item.scene)
-        psnr = verdict.unchanged_psnr
-        if psnr is not None:
-            row["unchanged_psnr"] = psnr if math.isfinite(psnr) else None  # equal; JSON has no infinity
-    if item.text is not None:
-        row |= _spelt(verdict.word or "", item.text)
-    return row | {"ok": verdict.ok, "checks": verdict.checks}
-
-
-def _spelt(found: str, text: str) -> dict[str, Any]:
-    distance = metrics.edit_distance(found, text)
-    return {"read": found, "edit_distance": distance, "ok": not distance, "checks": {"word": not distance}}
-
-
-def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """How many are all right, with the Wilson interval, and the share of each check.
-
-    Returns:
-        a summary for each category; where there are several, also for all `prompts`, all `edits`, and `all`.
-    """
-    judged = [row for row in rows if "checks" in row]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in judged:
-        groups.setdefault(row["category"], []).append(row)
-    if len(groups) > 1:
-        edits, prompts = ([row for row in judged if row.get("edit", False) is kind] for kind in (True, False))
-        if edits and prompts:
-            groups |= {"prompts": prompts, "edits": edits}
-        groups["all"] = judged
-    return {category: _summary(group) for category, group in groups.items()}
-
-
-def _summary(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    right = sum(row["ok"] for row in group)
-    names = dict.fromkeys(name for row in group for name in row["checks"])
-    entry: dict[str, Any] = {
-        "n": len(group),
-        "right": right,
-        "interval": metrics.wilson(right, len(group)),
-        "checks": {name: _share([row["checks"][name] for row in group if name in row["checks"]]) for name in names},
-    }
-    if distances := [row["edit_distance"] for row in group if "edit_distance" in row]:
-        entry["edit_distance"] = statistics.mean(distances)
-    if kept := [math.inf if (db := row["unchanged_psnr"]) is None else db for row in group if "unchanged_psnr" in row]:
-        found = {"median": statistics.median(kept), "low": min(kept)}
-        entry["unchanged_psnr"] = {name: db if math.isfinite(db) else None for name, db in found.items()}
-    return entry
-
-
-def _share(values: Sequence[bool]) -> float:
-    return sum(values) / len(values)
-
-
 def common(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the records of all pictures share: the model's parts, the plan, versions, the device."""
     return {name: made[0]["record"][name] for name in COMMON if name in made[0]["record"]}
@@ -248,46 +147,7 @@ def latency(made: Sequence[dict[str, Any]], gpu_hour_price: float | None) -> dic
     return result
 
 
-def rewards(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Mean ImageReward of each category and of all, where the rows have it."""
-    groups: dict[str, list[float]] = {}
-    for row in rows:
-        if "image_reward" in row:
-            for group in (row["category"], "all"):
-                groups.setdefault(group, []).append(row["image_reward"])
-    return {group: statistics.mean(found) for group, found in groups.items()}
-
-
 # -- showing --------------------------------------------------------------------------------------------------------
-
-
-def table(summary: dict[str, dict[str, Any]]) -> str:
-    """The summary as text."""
-    lines = [f"{'category':12} {'n':>5} {'right':>7}   {'95 % interval':15} {'checks'}"]
-    for category, entry in summary.items():
-        low, high = entry["interval"]
-        failing = " ".join(f"{name} {share:.1%}" for name, share in entry["checks"].items() if share < 1)
-        extra = f" (mean edit distance {entry['edit_distance']:.2f})" if "edit_distance" in entry else ""
-        if "unchanged_psnr" in entry:
-            median, lowest = (math.inf if db is None else db for db in entry["unchanged_psnr"].values())
-            extra += f" (unchanged: median {median:.1f} dB, lowest {lowest:.1f})"
-        share = entry["right"] / entry["n"]
-        lines.append(f"{category:12} {entry['n']:5} {share:7.1%}   {low:6.1%} – {high:6.1%} {failing}{extra}")
-    return "\n".join(lines)
-
-
-def sweep_table(summaries: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Shares that are all right: a row for each setting, a column for each category."""
-
-    def cell(entry: dict[str, Any] | None) -> str:
-        return f"{entry['right'] / entry['n']:10.1%}" if entry else f"{'-':>10}"
-
-    categories = list(dict.fromkeys(category for summary in summaries.values() for category in summary))
-    first = max(map(len, summaries), default=0)
-    lines = [" ".join([" " * first, *(f"{category:>10}" for category in categories)])]
-    for name, summary in summaries.items():
-        lines.append(" ".join([f"{name:{first}}", *map(cell, map(summary.get, categories))]))
-    return "\n".join(lines)
 
 
 def pictures(item: Item, folder: Path, side: int) -> list[Image.Image]:
@@ -313,17 +173,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=at_least_one, help="only so many items of each category")
     parser.add_argument("--category", nargs="+", help="only these categories")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-
-
-def add_reader_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image-reward", type=Path, metavar="FOLDER", help="also ImageReward, with its files there")
-    parser.add_argument("--ocr", choices=("tesseract",), help="reads the words of items that have a text but no scene")
-
-
-def readers(args: argparse.Namespace) -> Readers:
-    """What `add_reader_arguments` asks for."""
-    words = learned.tesseract() if args.ocr else None
-    return Readers(words, learned.image_reward(args.image_reward) if args.image_reward else None)
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -395,7 +244,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpu-hour-price", type=above_zero, help="for the cost of a picture")
     parser.add_argument("--lpips", choices=learned.LPIPS_NETS, help="also LPIPS, with the package and weights you have")
-    add_reader_arguments(parser)
+    scoring.add_reader_arguments(parser)
     parser.add_argument(
         "--sheet", type=fidelity.sheet_path, help="contact sheet to write, of at most 60 items, wrong ones first"
     )
@@ -420,7 +269,7 @@ def run(args: argparse.Namespace) -> int:
         fidelity.shared(*_others(args), names=[item.id for item in items])
     if args.floor:
         fidelity.check_floor(args.reference, args.floor)
-    judges = readers(args)
+    judges = scoring.readers(args)
     extra = {"lpips": learned.lpips(args.lpips)} if args.lpips else {}
     pipe = _open(args)
     every = {}
@@ -430,7 +279,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(every if len(sweep) > 1 else every[sweep[0].name]))
     elif len(sweep) > 1:
-        print(sweep_table({name: results["summary"] for name, results in every.items()}))
+        print(scoring.sweep_table({name: results["summary"] for name, results in every.items()}))
     else:
         _print(args, every[sweep[0].name])
     return 0
@@ -454,7 +303,7 @@ def _one(
     items: Sequence[Item],
     folder: Path,
     settings: Settings,
-    judges: Readers,
+    judges: scoring.Readers,
     extra: dict[str, metrics.Metric],
 ) -> dict[str, Any]:
     """Make, measure, compare; write `results.json` and return what is in it."""
@@ -463,7 +312,9 @@ def _one(
         name: [entry for item, entry in zip(items, made, strict=True) if item.is_edit is edit]
         for name, edit in (("prompts", False), ("edits", True))
     }
-    rows = [row | {"key": entry["key"]} for row, entry in zip(measure(items, folder, judges), made, strict=True)]
+    rows = [
+        row | {"key": entry["key"]} for row, entry in zip(scoring.measure(items, folder, judges), made, strict=True)
+    ]
     results: dict[str, Any] = {
         "suite": str(args.suite),
         "suite_sha256": hashlib.sha256(suite.locate(args.suite).read_bytes()).hexdigest(),
@@ -471,13 +322,13 @@ def _one(
         "backend": args.peer or args.backend,
         "precision": args.precision,
         **{name: getattr(settings, name) for name in Settings.__dataclass_fields__},
-        "summary": summarize(rows),
+        "summary": scoring.summarize(rows),
         "latency": {kind: latency(some, args.gpu_hour_price) for kind, some in kinds.items() if some},
         "items": rows,
         # The rest of every picture's record is in made.jsonl.
         "record": common(made),
     }
-    if found := rewards(rows):
+    if found := scoring.rewards(rows):
         results["image_reward"] = found
     if args.reference:
         mine, others = fidelity.files(folder), fidelity.shared(*_others(args), names=[item.id for item in items])
@@ -512,7 +363,7 @@ def _others(args: argparse.Namespace) -> list[Path]:
 
 def _print(args: argparse.Namespace, results: dict[str, Any]) -> None:
     nothing = "nothing to judge by: no item has a scene, or a text that --ocr reads"
-    print(table(results["summary"]) if results["summary"] else nothing)
+    print(scoring.table(results["summary"]) if results["summary"] else nothing)
     lines = {name: results.get(name) for name in ("fidelity", "noise_floor", "step_errors", "image_reward")}
     lines |= {f"seconds, {kind}": seconds for kind, seconds in results["latency"].items()}
     for name, scores in lines.items():

@@ -14,7 +14,7 @@ import torch
 from painter import ITEMS, SCENE, TURNS, Painter, suite_file
 from PIL import Image
 
-from fluxkiln.bench import ablation, fidelity, image, learned, suite
+from fluxkiln.bench import ablation, fidelity, image, learned, scoring, suite
 from fluxkiln.bench.shapes_scene import Background, draw
 from fluxkiln.cli import main
 from fluxkiln.config import FluxConfig
@@ -35,10 +35,10 @@ def test_makes_measures_and_resumes(tmp_path: Path) -> None:
     for _ in range(2):
         assert image.make(painter, ITEMS, tmp_path, settings, progress=False) == made
         assert len(painter.calls) == 4
-    summary = image.summarize(image.measure(ITEMS, tmp_path))
+    summary = scoring.summarize(scoring.measure(ITEMS, tmp_path))
     assert summary["all"]["n"] == summary["all"]["right"] == 2  # the free prompt has no scene to judge by
     assert (summary["prompts"]["n"], summary["edits"]["n"]) == (1, 1)
-    assert "recolor" in image.table(summary)
+    assert "recolor" in scoring.table(summary)
     slow = {"record": {"timings": {**made[0]["record"]["timings"], "total": 4.0}}}
     assert image.latency([*made, slow], 3600.0)["cost_per_image"] == 1.75  # the mean: the sum is what is paid
     costs = image.latency(made, gpu_hour_price=3600.0)
@@ -105,14 +105,14 @@ def test_turns_edit_what_the_turn_before_made(tmp_path: Path) -> None:
     image.make(painter, TURNS, tmp_path, image.Settings(), progress=False)
     assert np.array_equal(painter.calls[0]["image"], draw(SCENE))
     assert np.array_equal(painter.calls[1]["image"], fidelity.read(tmp_path / "images" / "t-1.png"))
-    rows = image.measure(TURNS, tmp_path)
+    rows = scoring.measure(TURNS, tmp_path)
     assert [row["ok"] for row in rows] == [True, True]
     assert rows[1]["checks"]["identity"]
     # An object that became another one in the first turn is still wrong, and not the same, in the second.
     for item, shape in zip(TURNS, ("circle", "circle"), strict=True):
         scene = item.scene.replace(things=(item.scene.things[0].replace(shape=shape),))
         draw(scene).save(tmp_path / "images" / f"{item.id}.png")
-    rows = image.measure(TURNS, tmp_path)
+    rows = scoring.measure(TURNS, tmp_path)
     assert [row["checks"]["identity"] for row in rows] == [False, False]
     assert rows[1]["checks"]["unchanged"]
 
@@ -127,10 +127,10 @@ def test_a_turn_needs_the_one_before(painter: Painter, tmp_path: Path, capsys: p
 
 def test_a_wrong_picture_counts_as_wrong(tmp_path: Path) -> None:
     image.make(Painter(wrong=ITEMS[1].prompt), ITEMS, tmp_path, image.Settings(steps=4), progress=False)
-    rows = {row["id"]: row for row in image.measure(ITEMS, tmp_path)}
+    rows = {row["id"]: row for row in scoring.measure(ITEMS, tmp_path)}
     assert rows["single-0"]["ok"]
     assert not rows["recolor-0"]["ok"]
-    assert image.summarize(rows.values())["all"]["right"] == 1
+    assert scoring.summarize(rows.values())["all"]["right"] == 1
 
 
 def test_a_sweep_makes_a_run_for_each_value(
@@ -150,7 +150,7 @@ def test_a_sweep_makes_a_run_for_each_value(
     assert main([*BENCH, "--suite", str(path), "--guidance", "1", "2", "--floor", str(out)]) == 1
     assert "go with one --guidance" in capsys.readouterr().err
     right = {"n": 2, "right": 1}
-    rows = image.sweep_table({"a": {"single": right, "pair": right}, "b": {"pair": right}}).splitlines()
+    rows = scoring.sweep_table({"a": {"single": right, "pair": right}, "b": {"pair": right}}).splitlines()
     assert rows[2].split() == ["b", "-", "50.0%"]
 
 
@@ -166,7 +166,7 @@ def test_a_background_left_open_may_be_any_but_one(tmp_path: Path, background: s
     item = suite.Item("n", "negative", "a large red star", scene=SCENE, without="blue")
     (tmp_path / "images").mkdir()
     draw(SCENE.replace(background=Background("gradient", "white", background))).save(tmp_path / "images" / "n.png")
-    (row,) = image.measure([item], tmp_path)
+    (row,) = scoring.measure([item], tmp_path)
     assert (row["ok"], row["checks"]["without"], row["checks"]["shape"]) == (ok, ok, True)
 
 
@@ -183,8 +183,10 @@ def test_words_of_any_picture_are_read_by_whoever_can(tmp_path: Path) -> None:
     item = suite.Item("w", "sign", 'a sign that says "OPEN"', text="OPEN")
     (tmp_path / "images").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "images" / "w.png")
-    assert "checks" not in image.measure([item], tmp_path)[0]
-    (row,) = image.measure([item], tmp_path, image.Readers(words=lambda pixels: "OPEM", reward=lambda prompt, p: 0.5))
+    assert "checks" not in scoring.measure([item], tmp_path)[0]
+    (row,) = scoring.measure(
+        [item], tmp_path, scoring.Readers(words=lambda pixels: "OPEM", reward=lambda prompt, p: 0.5)
+    )
     assert (row["ok"], row["read"], row["edit_distance"], row["image_reward"]) == (False, "OPEM", 1, 0.5)
 
 
@@ -205,12 +207,12 @@ def test_what_an_edit_left_alone_is_in_the_summary() -> None:
         {"category": "move", "edit": True, "ok": True, "checks": {"unchanged": db != 20.0}, "unchanged_psnr": db}
         for db in (40.0, None, 20.0)
     ]
-    summary = image.summarize(rows)
+    summary = scoring.summarize(rows)
     assert summary["move"]["unchanged_psnr"] == {"median": 40.0, "low": 20.0}
-    assert re.search(r"100.0%    43.8% – 100.0% .*\(unchanged: median 40.0 dB, lowest 20.0\)", image.table(summary))
-    summary = image.summarize([rows[1]])
+    assert re.search(r"100.0%    43.8% – 100.0% .*\(unchanged: median 40.0 dB, lowest 20.0\)", scoring.table(summary))
+    summary = scoring.summarize([rows[1]])
     assert summary["move"]["unchanged_psnr"] == {"median": None, "low": None}  # equal
-    assert "median inf dB" in image.table(summary)
+    assert "median inf dB" in scoring.table(summary)
 
 
 def test_results_are_json_where_nothing_else_changed(painter: Painter, tmp_path: Path) -> None:

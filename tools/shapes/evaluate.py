@@ -18,7 +18,7 @@ from PIL import Image
 
 from fluxkiln import images
 from fluxkiln.autoencoder import Autoencoder
-from fluxkiln.bench import image
+from fluxkiln.bench import image, scoring
 from fluxkiln.bench.fidelity import contact_sheet
 from fluxkiln.bench.suite import Item
 
@@ -61,8 +61,8 @@ def main() -> None:
         model = load_denoiser(args.run, snapshot)
         for item, made in generate(model, autoencoder, items, args.steps, args.guidance):
             made.save(folder / "images" / f"{item.id}.png")
-        summary = image.summarize(image.measure(items, folder))
-        print(f"\n{snapshot.stem}\n{image.table(summary)}", flush=True)
+        summary = scoring.summarize(scoring.measure(items, folder))
+        print(f"\n{snapshot.stem}\n{scoring.table(summary)}", flush=True)
         with open(args.run / "accuracy.jsonl", "a") as file:
             shares = {category: entry["right"] / entry["n"] for category, entry in summary.items()}
             file.write(json.dumps({"snapshot": snapshot.stem, "each": args.limit, **shares}) + "\n")
