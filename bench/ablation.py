@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     import fluxkiln
 
     planned = recipes(args.format)
-    pipe = fluxkiln.Pipeline.from_pretrained(args.model, **image.model_options(args))
+    pipe = image.open_model(args)
     model = pipe.transformer
     assert model.loaded is not None
     args.backend = model.loaded.choice.backend  # what `auto` chose for the unquantised model makes every row
@@ -169,14 +169,19 @@ def run(args: argparse.Namespace) -> int:
 
     def load(recipe: Recipe) -> Any:
         options = image.model_options(args)
-        return fluxkiln.load_transformer(args.model, recipe=recipe, **options)
+        return fluxkiln.load_transformer(image.source(args), recipe=recipe, **options)
 
     heading = ("one step", f"{args.steps} steps", "PSNR", "SSIM", "FLIP", "right")
     if not args.json:
         print(f"{'quantised':24} " + " ".join(f"{cell:>9}" for cell in heading))
     settings = Settings(args.steps, args.guidance, args.seed)
-    results: dict[str, Any] = {"suite": args.suite, "model": args.model, "items": len(items), **asdict(settings)}
-    if args.model == "shapes":
+    results: dict[str, Any] = {
+        "suite": args.suite,
+        "model": image.source(args),
+        "items": len(items),
+        **asdict(settings),
+    }
+    if image.source(args) == image.DEFAULT_MODEL:
         results["note"] = image.SHAPES_NOTE
     results["rows"] = []
     for row in ablate(pipe, planned, load, items, settings):

@@ -33,6 +33,7 @@ from fluxkiln.bench import fidelity, learned, metrics, report, scoring, suite
 from fluxkiln.bench.fidelity import contact_sheet, read
 from fluxkiln.bench.suite import Item
 from fluxkiln.cli import above_zero, at_least_one, pixels
+from fluxkiln.cmd_generate import DEFAULT_MODEL, add_model, model_files
 from fluxkiln.files import write_text
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def pictures(item: Item, folder: Path, side: int) -> list[Image.Image]:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What says which model makes which pictures."""
     parser.add_argument("--suite", default="shapes", help="bundled suite, JSONL file, or KontextBench folder")
-    parser.add_argument("--model", default="shapes", help="anything Pipeline.from_pretrained takes")
+    add_model(parser)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default=None)
@@ -173,6 +174,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=at_least_one, help="only so many items of each category")
     parser.add_argument("--category", nargs="+", help="only these categories")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def open_model(args: argparse.Namespace) -> Pipeline:
+    """The pipeline that the arguments name."""
+    import fluxkiln
+
+    return fluxkiln.Pipeline.from_files(
+        **(model_files(args) or {"transformer": source(args)}), variant=args.variant, **model_options(args)
+    )
+
+
+def source(args: argparse.Namespace) -> str:
+    """What the transformer is opened from."""
+    return args.transformer or args.model or DEFAULT_MODEL
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -286,15 +301,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace) -> Pipeline:
-    import fluxkiln
-
     if args.peer is None:
-        return fluxkiln.Pipeline.from_pretrained(args.model, **model_options(args))
+        return open_model(args)
     from fluxkiln.bench import peers
 
+    if model_files(args):
+        raise ValueError("--peer opens a --model in diffusers' layout, not single files")
     if args.precision not in DTYPES or args.backend != "auto":
         raise ValueError(f"--peer has its own backend, and a --precision of {' or '.join(DTYPES)}")
-    return peers.DiffusersPipeline(args.model, args.precision, args.device)
+    return peers.DiffusersPipeline(source(args), args.precision, args.device)
 
 
 def _one(
@@ -318,7 +333,7 @@ def _one(
     results: dict[str, Any] = {
         "suite": str(args.suite),
         "suite_sha256": hashlib.sha256(suite.locate(args.suite).read_bytes()).hexdigest(),
-        "model": args.model,
+        "model": source(args),
         "backend": args.peer or args.backend,
         "precision": args.precision,
         **{name: getattr(settings, name) for name in Settings.__dataclass_fields__},
@@ -342,8 +357,8 @@ def _one(
 
         n = min(args.step_errors, len(items))
         some = [items[i * len(items) // n] for i in range(n)]  # of all categories, if there are enough
-        results["step_errors"] = ablation.step_errors(pipe, args.model, some, settings, folder / "images")
-    if args.model == "shapes":
+        results["step_errors"] = ablation.step_errors(pipe, source(args), some, settings, folder / "images")
+    if source(args) == DEFAULT_MODEL:
         results["note"] = SHAPES_NOTE
     write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     if args.sheet:

@@ -89,12 +89,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line (.txt), or requests (.jsonl)")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model", help=f"hub name, folder or bundled model (default {DEFAULT_MODEL})")
-    model.add_argument("--transformer", metavar="FILE", help="instead of --model: single files, as ComfyUI has them")
-    for part in ("vae", "clip", "t5"):
-        model.add_argument(f"--{part}", metavar="FILE")
-    model.add_argument("--tokenizers", metavar="FOLDER", help="for single files: tokenizer/ and tokenizer_2/")
-    model.add_argument("--variant", help="dev, schnell, kontext, fill, canny or depth, where the files do not tell")
+    add_model(model)
     model.add_argument("--precision", help="fp32, bf16, fp8 or nvfp4 (default bf16)")
     model.add_argument("--recipe", metavar="FILE", help="JSON: which layer gets which format")
     model.add_argument("--backend", help="auto, eager, triton or trt (default auto: the fastest that can run it)")
@@ -109,6 +104,30 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-size", type=_bytes, default=_bytes("10GB"), metavar="SIZE", help="default 10GB")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do not do it")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_model(parser: argparse._ActionsContainer) -> None:
+    """What says where a model is: `model_files` and the model or its default."""
+    parser.add_argument("--model", help=f"hub name, folder or bundled model (default {DEFAULT_MODEL})")
+    parser.add_argument("--transformer", metavar="FILE", help="instead of --model: single files, as ComfyUI has them")
+    for part in ("vae", "clip", "t5"):
+        parser.add_argument(f"--{part}", metavar="FILE")
+    parser.add_argument("--tokenizers", metavar="FOLDER", help="for single files: tokenizer/ and tokenizer_2/")
+    parser.add_argument("--variant", help="dev, schnell, kontext, fill, canny or depth, where the files do not tell")
+
+
+def model_files(args: argparse.Namespace) -> dict[str, Any]:
+    """The single files that were given instead of a model, by the names that `Pipeline.from_files` has for them.
+
+    Raises:
+        ValueError: a model was given too, or no transformer.
+    """
+    files = {name: getattr(args, name) for name in _FILES if getattr(args, name) is not None}
+    if files and args.model:
+        raise ValueError(f"give either --model or single files, not both (--{next(iter(files))})")
+    if files and "transformer" not in files:
+        raise ValueError("single files need --transformer FILE")
+    return files
 
 
 def run(args: argparse.Namespace) -> int:
@@ -248,12 +267,7 @@ def open_pipeline(args: argparse.Namespace, record: Record | None = None) -> Pip
         engine = next((part.source for part in record.parts if part.name == ENGINE), None)
         options["engine"] = options["engine"] or (engine if options["backend"] == "trt" else None)
     options = {name: value for name, value in options.items() if value}
-    files = {name: getattr(args, name) for name in _FILES if getattr(args, name) is not None}
-    if files and args.model:
-        raise ValueError(f"give either --model or single files, not both (--{next(iter(files))})")
-    if files:
-        if "transformer" not in files:
-            raise ValueError("single files need --transformer FILE")
+    if files := model_files(args):
         return Pipeline.from_files(**files, **options)
     return Pipeline.from_pretrained(args.model or _recorded_model(args, record), **options)
 

@@ -10,5 +10,5 @@ import fluxkiln
 def painter(monkeypatch: pytest.MonkeyPatch) -> Painter:
     """What the command line opens, whatever it is asked for."""
     painter = Painter()
-    monkeypatch.setattr(fluxkiln.Pipeline, "from_pretrained", lambda model, **options: painter)
+    monkeypatch.setattr(fluxkiln.Pipeline, "from_files", lambda **options: painter)
     return painter

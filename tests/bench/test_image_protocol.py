@@ -8,10 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
 
 from fluxkiln.bench import image, peers, suite
 from fluxkiln.bench.fidelity import read
+from fluxkiln.checkpoint import open_checkpoint
 from fluxkiln.cli import main
+from fluxkiln.hub import resolve
 
 BENCH = ["bench", "image"]
 RUN = ["--steps", "2", "--limit", "1", "--device", "cpu"]
@@ -102,6 +105,40 @@ def test_other_sizes_and_turns(tmp_path: Path) -> None:
     assert {read(path).shape for path in (tmp_path / "images").glob("*.png")} == {(64, 96, 3)}
     first, second = ((json.loads(line)) for line in (tmp_path / "made.jsonl").read_text().splitlines())
     assert first["record"]["request"]["pictures"] != second["record"]["request"]["pictures"]
+
+
+def test_single_files_make_the_pictures_of_the_whole_model(reference: Path, tmp_path: Path) -> None:
+    """As ComfyUI has them, for runs and ablations."""
+    whole, single = resolve("shapes"), tmp_path / "flux1-shapes.safetensors"
+    checkpoint = open_checkpoint(whole)
+    save_file({f"model.diffusion_model.{name}": checkpoint.tensor(name) for name in checkpoint.names}, single)
+    files = ["--transformer", str(single), "--variant", "kontext"]
+    files += [f"--{part}={whole}" for part in ("vae", "clip", "t5", "tokenizers")]
+    out = tmp_path / "run"
+    assert main([*BENCH, *FEW, *files, "--backend", "eager", "--reference", str(reference), "--out", str(out)]) == 0
+    found = results(out)
+    assert found["fidelity"]["equal"] == found["fidelity"]["n"] == 2
+    assert found["model"] == str(single)
+    assert "note" not in found
+    options = [*RUN, "--category", "single", "--format", "fp8", "--backend", "eager", "--out", str(out / "a.json")]
+    assert main([*BENCH, "ablate", *files, *options]) == 0
+    assert json.loads((out / "a.json").read_text())["rows"][0]["record"]["parts"] == found["record"]["parts"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vae", "ae.safetensors"], "single files need --transformer FILE"),
+        (["--transformer", "a", "--model", "shapes"], "give either --model or single files, not both (--transformer)"),
+        (["--transformer", "a", "--peer", "diffusers"], "--peer opens a --model in diffusers' layout, not single"),
+    ],
+)
+def test_single_files_are_whole_and_instead_of_a_model(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*BENCH, *RUN, *options, "--out", str(tmp_path / "run")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_ablation_is_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
