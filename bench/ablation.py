@@ -22,6 +22,7 @@ from fluxkiln.bench import image, scoring
 from fluxkiln.bench.fidelity import fidelity, files
 from fluxkiln.bench.image import Settings
 from fluxkiln.bench.suite import Item
+from fluxkiln.cli_model import DEFAULT_MODEL
 from fluxkiln.files import write_text
 from fluxkiln.kernels.recipe import BY_NORM, BY_TILE, Recipe, rules
 from fluxkiln.select import choose
@@ -181,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
         "items": len(items),
         **asdict(settings),
     }
-    if image.source(args) == image.DEFAULT_MODEL:
+    if image.source(args) == DEFAULT_MODEL:
         results["note"] = image.SHAPES_NOTE
     results["rows"] = []
     for row in ablate(pipe, planned, load, items, settings):

@@ -33,7 +33,7 @@ from fluxkiln.bench import fidelity, learned, metrics, report, scoring, suite
 from fluxkiln.bench.fidelity import contact_sheet, read
 from fluxkiln.bench.suite import Item
 from fluxkiln.cli import above_zero, at_least_one, pixels
-from fluxkiln.cmd_generate import DEFAULT_MODEL, add_model, model_files
+from fluxkiln.cli_model import DEFAULT_MODEL, add_source, model_files
 from fluxkiln.files import write_text
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def pictures(item: Item, folder: Path, side: int) -> list[Image.Image]:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What says which model makes which pictures."""
     parser.add_argument("--suite", default="shapes", help="bundled suite, JSONL file, or KontextBench folder")
-    add_model(parser)
+    add_source(parser)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default=None)
@@ -274,8 +274,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{wanted} with one --guidance and one --true-cfg-scale")
     if args.floor and not args.reference:
         raise ValueError("--floor is how far another run is from the --reference: give both")
-    if args.peer and (args.step_errors or args.dtype or args.gpu_hour_price):
-        raise ValueError("--step-errors, --dtype and --gpu-hour-price are of our own backends, not of a --peer")
+    if args.peer and (args.step_errors or args.dtype or args.gpu_hour_price or args.variant):
+        own = "--step-errors, --dtype, --gpu-hour-price and --variant"
+        raise ValueError(f"{own} are of our own backends, not of a --peer")
+    if args.peer and model_files(args):
+        raise ValueError("--peer opens a --model in diffusers' layout, not single files")
     if args.peer and any(item.mask or item.control for item in items):
         raise ValueError("a --peer makes pictures from prompts and references, not from a mask or control picture")
     if args.out.resolve() in [other.resolve() for other in _others(args)]:
@@ -305,8 +308,6 @@ def _open(args: argparse.Namespace) -> Pipeline:
         return open_model(args)
     from fluxkiln.bench import peers
 
-    if model_files(args):
-        raise ValueError("--peer opens a --model in diffusers' layout, not single files")
     if args.precision not in DTYPES or args.backend != "auto":
         raise ValueError(f"--peer has its own backend, and a --precision of {' or '.join(DTYPES)}")
     return peers.DiffusersPipeline(source(args), args.precision, args.device)

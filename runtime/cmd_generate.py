@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from fluxkiln import cli_model
 from fluxkiln.batch import Job, Results, read_jobs
 from fluxkiln.cli import sentence
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from fluxkiln.pipeline import Output, Pipeline
     from fluxkiln.record import Picture, Record
 
-DEFAULT_MODEL = "shapes"
 DEFAULT_OUTPUT = "{prompt}-{seed}.png"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -88,46 +88,13 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, dest=name, type=reader, metavar="X", help=what)
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line (.txt), or requests (.jsonl)")
 
-    model = parser.add_argument_group("model")
-    add_model(model)
-    model.add_argument("--precision", help="fp32, bf16, fp8 or nvfp4 (default bf16)")
-    model.add_argument("--recipe", metavar="FILE", help="JSON: which layer gets which format")
-    model.add_argument("--backend", help="auto, eager, triton or trt (default auto: the fastest that can run it)")
-    model.add_argument("--fallback", action="store_true", help="take another backend if that one cannot, and say so")
-    model.add_argument(
-        "--engine", metavar="KEY|FOLDER", help="which engine --backend trt runs (default: one that fits)"
-    )
-    model.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda if there is one)")
+    cli_model.add_arguments(parser.add_argument_group("model"))
 
     parser.add_argument("--no-metadata", action="store_true", help="do not write into the image how it was made")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep images here and take them from here")
     parser.add_argument("--cache-size", type=_bytes, default=_bytes("10GB"), metavar="SIZE", help="default 10GB")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do not do it")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-
-
-def add_model(parser: argparse._ActionsContainer) -> None:
-    """What says where a model is: `model_files` and the model or its default."""
-    parser.add_argument("--model", help=f"hub name, folder or bundled model (default {DEFAULT_MODEL})")
-    parser.add_argument("--transformer", metavar="FILE", help="instead of --model: single files, as ComfyUI has them")
-    for part in ("vae", "clip", "t5"):
-        parser.add_argument(f"--{part}", metavar="FILE")
-    parser.add_argument("--tokenizers", metavar="FOLDER", help="for single files: tokenizer/ and tokenizer_2/")
-    parser.add_argument("--variant", help="dev, schnell, kontext, fill, canny or depth, where the files do not tell")
-
-
-def model_files(args: argparse.Namespace) -> dict[str, Any]:
-    """The single files that were given instead of a model, by the names that `Pipeline.from_files` has for them.
-
-    Raises:
-        ValueError: a model was given too, or no transformer.
-    """
-    files = {name: getattr(args, name) for name in _FILES if getattr(args, name) is not None}
-    if files and args.model:
-        raise ValueError(f"give either --model or single files, not both (--{next(iter(files))})")
-    if files and "transformer" not in files:
-        raise ValueError("single files need --transformer FILE")
-    return files
 
 
 def run(args: argparse.Namespace) -> int:
@@ -149,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         if not jobs:
             return _end(args, [], 0, 0)
     cache = _cache(args)
-    pipe = open_pipeline(args)
+    pipe = cli_model.open_pipeline(args)
     _say_choice(pipe)
 
     done: list[dict[str, Any]] = []
@@ -186,7 +153,7 @@ def repeat(args: argparse.Namespace) -> int:
     metadata.check_template(template)
     if not args.dry_run:
         _writable_folder(template)
-    pipe = open_pipeline(args, record)
+    pipe = cli_model.open_pipeline(args, record)
     _say_choice(pipe)
     now = pipe(**arguments, dry_run=True).record
     differences = record.differences(now)
@@ -245,55 +212,9 @@ def jobs_of(args: argparse.Namespace) -> Iterator[Job]:
         raise ValueError(f"-n must be at least 1, got {args.n}")
     if (args.prompt is None) == (args.prompts is None):
         raise ValueError("give either a prompt or --prompts FILE" + (", not both" if args.prompts else ""))
-    model = {name: getattr(args, name) for name in ("model", *_FILES, *_OPTIONS)}
+    model = {name: getattr(args, name) for name in ("model", *cli_model.FILES, *cli_model.OPTIONS)}
     requests = [{"prompt": args.prompt}] if args.prompts is None else read_jobs(args.prompts)
     yield from Job.expand(requests, shared, args.n, model)
-
-
-def open_pipeline(args: argparse.Namespace, record: Record | None = None) -> Pipeline:
-    """The pipeline that the options name; with a record, as that ran unless an option says otherwise."""
-    from fluxkiln.pipeline import Pipeline
-
-    options = {name: getattr(args, name) for name in _OPTIONS}
-    if record is not None:
-        import torch
-
-        from fluxkiln.opening import ENGINE
-
-        options |= {
-            name: options[name] or getattr(record, name) for name in ("precision", "backend", "device", "variant")
-        }
-        options["dtype"] = getattr(torch, record.dtype)
-        engine = next((part.source for part in record.parts if part.name == ENGINE), None)
-        options["engine"] = options["engine"] or (engine if options["backend"] == "trt" else None)
-    options = {name: value for name, value in options.items() if value}
-    if files := model_files(args):
-        return Pipeline.from_files(**files, **options)
-    return Pipeline.from_pretrained(args.model or _recorded_model(args, record), **options)
-
-
-_FILES = ("transformer", "vae", "clip", "t5", "tokenizers")
-_OPTIONS = ("variant", "precision", "recipe", "backend", "fallback", "engine", "device")
-
-
-def _recorded_model(args: argparse.Namespace, record: Record | None) -> str:
-    """The default model, or the one that a record names.
-
-    Raises:
-        FileNotFoundError: a record has names of files, but not where they are.
-    """
-    from fluxkiln.hub import BUNDLED
-
-    if record is None:
-        return DEFAULT_MODEL
-    from fluxkiln.opening import ENGINE
-
-    sources = {part.name: part.source for part in record.parts if part.name != ENGINE}
-    names = set(sources.values())
-    if len(names) == 1 and ("/" in (name := names.pop()) or name in BUNDLED):
-        return name
-    files = ", ".join(f"{part} {source}" for part, source in sources.items())
-    raise FileNotFoundError(f"{args.repeat} was made with {files}: say where that is with --model or --transformer …")
 
 
 def _recorded_pictures(args: argparse.Namespace, record: Record) -> dict[str, Any]:

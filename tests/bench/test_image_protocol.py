@@ -131,6 +131,7 @@ def test_single_files_make_the_pictures_of_the_whole_model(reference: Path, tmp_
         (["--vae", "ae.safetensors"], "single files need --transformer FILE"),
         (["--transformer", "a", "--model", "shapes"], "give either --model or single files, not both (--transformer)"),
         (["--transformer", "a", "--peer", "diffusers"], "--peer opens a --model in diffusers' layout, not single"),
+        (["--variant", "kontext", "--peer", "diffusers"], "and --variant are of our own backends, not of a --peer"),
     ],
 )
 def test_single_files_are_whole_and_instead_of_a_model(

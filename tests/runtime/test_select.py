@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import fluxkiln
-from fluxkiln import cmd_generate, load, select
+from fluxkiln import cli_model, cmd_generate, load, select
 from fluxkiln.bench import step
 from fluxkiln.cli import main
 from fluxkiln.config import DEV
@@ -213,9 +213,9 @@ def test_repeating_takes_the_recorded_engine(monkeypatch: pytest.MonkeyPatch) ->
     )
     parser = argparse.ArgumentParser()
     cmd_generate.add_arguments(parser)
-    cmd_generate.open_pipeline(parser.parse_args(["--from", "a.png"]), record)
+    cli_model.open_pipeline(parser.parse_args(["--from", "a.png"]), record)
     assert (asked["model"], asked["backend"], asked["engine"]) == ("shapes", "trt", "0123456789ab")
-    cmd_generate.open_pipeline(parser.parse_args(["--from", "a.png", "--backend", "eager"]), record)
+    cli_model.open_pipeline(parser.parse_args(["--from", "a.png", "--backend", "eager"]), record)
     assert asked["backend"] == "eager"
     other = replace(record, parts=(*record.parts[:-1], replace(engine, identity="00" * 32)))
     assert record.differences(other) == [
