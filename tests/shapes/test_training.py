@@ -22,6 +22,7 @@ from shapes.fast import Fast
 
 from fluxkiln import Pipeline
 from fluxkiln.autoencoder import Autoencoder
+from fluxkiln.bench.shapes_scene import Background, Scene, Thing
 from fluxkiln.hub import resolve
 
 TOOLS = Path(train.__file__).parents[1]
@@ -64,6 +65,23 @@ def test_facts_tell_who_is_what() -> None:
     assert set(pairs) == set(reading.RELATIONS)
 
 
+def test_facts_take_nothing_for_said_that_is_not() -> None:
+    """Of two small things one size may be given, and what is striped may be the background."""
+    stripes = Background("striped", "red", "blue")
+    star = Thing.of("star", "white", "small", "left").replace(style="striped")
+    circle = Thing.of("circle", "black", "small", "right")
+    said = {
+        "a small striped white star left of a black circle on a striped red and blue background": {"style 0"},
+        "a white star left of a small black circle on a background with red and blue stripes": set(),
+        "a small striped white star left of a small black circle": {"size 0", "style 0", "size 1"},
+        "a white star left of a black circle on a striped red and blue background": set(),
+    }
+    for caption, found in said.items():
+        scene = Scene(stripes, (star, circle), "left of")
+        facts = reading.facts(captions.Sample("pair", caption, scene))
+        assert {field for field in facts if field.startswith(("size", "style"))} == found
+
+
 def test_a_reader_is_right_only_about_what_is_said() -> None:
     sample = captions.text_to_image(Random(2), "pair", complete=True)
     facts = reading.facts(sample)
@@ -80,29 +98,33 @@ def test_a_reader_is_right_only_about_what_is_said() -> None:
     assert reading.loss_and_right(answers, [sample])[1] == pytest.approx(1 - 1 / len(facts))
 
 
+_EDITS = 2 * [(True, train.EDIT_SIZES)]
+
+
 @pytest.mark.parametrize(
-    ("step", "drawn"),
+    ("step", "rank", "drawn"),
     [
-        (9, 4 * [(False, train.SQUARE)]),
-        (10, [(False, train.SQUARE), *2 * [(True, train.SQUARE)]]),
-        (20, [(False, train.SQUARE), (False, train.OTHER_SIZES), *2 * [(True, train.EDIT_SIZES)]]),
-        (21, [(False, train.SQUARE), *2 * [(True, train.EDIT_SIZES)]]),
-        (30, [(False, train.SQUARE), (False, train.OTHER_SIZES), *2 * [(True, train.EDIT_SIZES)]]),
+        (9, 0, [(False, train.SQUARE), (False, train.OTHER_SIZES)]),
+        (10, 0, [(False, train.OTHER_SIZES), *_EDITS]),
+        (11, 0, [(False, train.OTHER_SIZES), *_EDITS]),
+        (11, 1, [(False, train.SQUARE), *_EDITS]),
+        (12, 0, [(False, train.SQUARE), *_EDITS]),
+        (12, 1, [(False, train.OTHER_SIZES), *_EDITS]),
+        (20, 0, [(False, train.OTHER_SIZES), *_EDITS]),
+        (20, 1, [(False, train.SQUARE), *_EDITS]),
     ],
 )
-def test_a_step_draws_the_sizes_of_its_phase_and_as_many_tokens(step: int, drawn: list) -> None:
-    phase = train.portions(step, Namespace(edits_from=10, sizes_from=20, own_from=30))
-    assert [portion.own for portion in phase] == ([True, False, True, True] if step == 30 else [False] * len(phase))
-    found: list[set] = [set() for _ in drawn]
-    for seed in range(600):
-        rng = Random(seed)
-        counted = [train.size_and_count(rng, portion) for portion in phase]
-        lengths = [w * h // 256 * (1 + part.edit) + 32 for part, ((w, h), _) in zip(phase, counted, strict=True)]
-        tokens = sum(n * length for (_, n), length in zip(counted, lengths, strict=True))
-        assert sum(portion.tokens for portion in phase) - sum(lengths) < tokens <= sum(p.tokens for p in phase)
-        for seen, portion, (size, _) in zip(found, phase, counted, strict=True):
-            seen.add((portion.edit, size))
-    assert found == [{(edit, size) for size in sizes} for edit, sizes in drawn]
+def test_a_step_draws_the_sizes_of_its_phase(step: int, rank: int, drawn: list) -> None:
+    phase = train.portions(step, rank, Namespace(edits_from=10, own_from=20))
+    assert [(portion.edit, portion.sizes) for portion in phase] == drawn
+    assert [portion.own for portion in phase] == [step == 20 and sizes != train.OTHER_SIZES for _, sizes in drawn]
+
+
+def test_portions_have_as_many_tokens() -> None:
+    for edit, sizes in ((False, train.SQUARE | train.OTHER_SIZES), (True, train.EDIT_SIZES)):
+        for width, height in sizes:
+            each = (1 + edit) * (width // 16) * (height // 16) + 32
+            assert train.TOKENS - each < train.samples(width, height, edit) * each <= train.TOKENS
 
 
 @pytest.fixture
@@ -238,9 +260,10 @@ def test_late_places_on_own_paths_count_by_the_picture(
 
 def test_the_rate_falls_to_zero() -> None:
     def rate(step: int, first: int = 0, steps: int = 1500) -> float:
-        return train.learning_rate(step, first, Namespace(steps=steps, own_from=1000)) / train.LEARNING_RATE
+        args = Namespace(steps=steps, edits_from=400, own_from=1000)
+        return train.learning_rate(step, first, args) / train.LEARNING_RATE
 
-    assert [rate(step) for step in (0, 99, 500, 999)] == pytest.approx([0.01, 1, 1, 1])
+    assert [rate(step) for step in (0, 99, 399, 400, 999)] == pytest.approx([0.005, 0.5, 0.5, 1, 1])
     assert [rate(step) for step in (1000, 1250, 1499)] == pytest.approx([1, 0.5, 0.002])
     assert [rate(step, first=1000) for step in (1000, 1250, 1499)] == pytest.approx([0.005, 0.25, 0.001])
     assert rate(400, steps=500) == pytest.approx(1)  # a run that is to go on later
@@ -331,7 +354,7 @@ def test_no_run_is_mistaken_for_another(
         return capsys.readouterr().err
 
     assert f"--steps is 49, but the run in {tmp_path} has come to step 50 already" in refused("--steps", "49")
-    assert "must not fall" in refused("--edits-from", "5", "--sizes-from", "4")
+    assert "--own-from must not come before --edits-from" in refused("--edits-from", "5", "--own-from", "4")
     assert "goes on at step 2000, so --steps must be more, got 9" in refused("--start", "shapes", "--steps", "9")
     (tmp_path / "autoencoder-raw.pt").touch()
     assert f"another run has begun in {tmp_path}" in refused("--start", "shapes")
@@ -390,8 +413,9 @@ def test_the_denoiser_goes_on_where_it_was_on_its_own_paths_too(
     monkeypatch.setattr(rollouts, "STEPS", (2, 3))
     monkeypatch.setattr(train, "average_gradients", lambda parameters: None)
     monkeypatch.setattr(plot, "curves", lambda run: None)  # two steps are too few to log
-    own = [train.Portion(edit, train.SQUARE, 250, 0.4, own=True) for edit in (False, True)]
-    monkeypatch.setattr(train, "portions", lambda step, args: own)
+    monkeypatch.setattr(train, "TOKENS", 250)
+    own = [train.Portion(edit, train.SQUARE, 0.4, own=True) for edit in (False, True)]
+    monkeypatch.setattr(train, "portions", lambda step, rank, args: own)
     torch.manual_seed(0)
     encoder, t5 = Autoencoder(model.AUTOENCODER).state_dict(), model.Denoiser(tokenizers).t5.state_dict()
 
@@ -402,7 +426,7 @@ def test_the_denoiser_goes_on_where_it_was_on_its_own_paths_too(
             torch.save(encoder, folder / "autoencoder.pt")
             torch.save(t5, folder / "t5.pt")
         # Until `own_from`, the rate does not depend on how many steps there will be.
-        args = Namespace(run=folder, steps=steps, seed=0, device=CPU, compile=False, sizes_from=99, own_from=99)
+        args = Namespace(run=folder, steps=steps, seed=0, device=CPU, compile=False, edits_from=0, own_from=99)
         train.train_denoiser(0, args)
         return torch.load(folder / "denoiser.pt")
 
@@ -440,7 +464,7 @@ def test_a_run_that_begins_from_a_pipeline_has_its_weights(tmp_path: Path) -> No
 def test_one_command_trains_resumes_and_writes_a_pipeline(tmp_path: Path) -> None:
     def command(run: str, out: str, steps: int, *more: str) -> None:
         few = ("--reading-steps", "50", "--autoencoder-steps", "2", "--polish-steps", "2")
-        late = ("--steps", str(steps), "--edits-from", "1", "--sizes-from", "1", "--own-from", "2")
+        late = ("--steps", str(steps), "--edits-from", "1", "--own-from", "2")
         folders = ("--run", str(tmp_path / run), "--out", str(tmp_path / out))
         subprocess.run([sys.executable, "-m", "shapes.train", *folders, *few, *late, *more], cwd=TOOLS, check=True)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from argparse import Namespace
-from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from shapes import fast, model, train
-from shapes.data import Batch
 from torch import Tensor, distributed
 
 from fluxkiln.hub import resolve
@@ -49,36 +47,38 @@ def test_its_operations_are_those_of_the_definition(streams: int) -> None:
 
 
 def test_what_is_compiled_is_what_training_meets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 64 px; each other shape would be compiled in the middle of a run. One worker after the other does it."""
-
-    class Shapes:
-        def __init__(self, edit: bool) -> None:
-            self.edit = edit
-
-        def batch(self, n: int, rng: Random) -> Batch:
-            latents = torch.zeros(n, 16, 64)
-            return Batch((64, 64), ["a star"] * n, latents, latents if self.edit else None, torch.full((n,), 3.5))
-
+    """Each other shape would be compiled in the middle of a run. The workers share it, and nothing is done twice."""
+    kinds = ((False, train.SQUARE | train.OTHER_SIZES), (True, train.EDIT_SIZES))
+    pools = [SimpleNamespace(edit=edit, size=size) for edit, sizes in kinds for size in sizes]
     denoiser, _ = model.load_pipeline(resolve("shapes"))
-    compiled, turns = set(), []
-
-    def predict(img: Tensor, txt: Tensor, *rest: Tensor) -> Tensor:
-        compiled.add((*img.shape[:2], txt.shape[1]))
-        turns.append("compiles")
-        return img * txt.mean()  # has a gradient
+    met = set()
+    for edit, sizes in kinds:
+        for width, height in sizes:
+            n, tokens = train.samples(width, height, edit), width * height // 256 * (1 + edit)
+            lengths = (train.SHORT[edit], 32) if (width, height) == train.USUAL else (32,)
+            met |= {(n, tokens, length) for length in lengths}
 
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "barrier", lambda: turns.append("waits"))
-    train.compile_in_turn(1, denoiser, predict, {edit: Shapes(edit) for edit in (False, True)})
-    assert turns == ["waits", *["compiles"] * 4, "waits"]
-    assert all(p.grad is None for p in denoiser.parameters())
-    met = set()
-    for step in range(4):
-        for portion in train.portions(step, Namespace(edits_from=1, sizes_from=2, own_from=3)):
-            _, n = train.size_and_count(Random(0), portion._replace(sizes=train.SQUARE))
-            if train.USUAL in portion.sizes:
-                met |= {(n, 16 * (1 + portion.edit), length) for length in (train.SHORT, 32)}
-    assert compiled == met
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    first = {}
+    for rank in range(2):
+        turns: list[set | None] = [set()]
+
+        def predict(img: Tensor, txt: Tensor, *rest: Tensor, turns: list = turns) -> Tensor:
+            shape = (*img.shape[:2], txt.shape[1])
+            assert all(shape not in turn for turn in turns)
+            turns[-1].add(shape)
+            return img * txt.mean()  # has a gradient
+
+        monkeypatch.setattr(distributed, "barrier", lambda turns=turns: turns.append(set()))
+        train.compile_together(rank, denoiser, predict, pools)
+        assert all(p.grad is None for p in denoiser.parameters())
+        first[rank], second, after = turns
+        assert first[rank] | second == met
+        assert not after
+        assert torch._dynamo.config.recompile_limit >= len(met)
+    assert not first[0] & first[1]
+    assert abs(len(first[0]) - len(first[1])) <= 1
 
 
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile takes a C++ compiler")

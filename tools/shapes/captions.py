@@ -117,7 +117,7 @@ def _sentence(rng: Random, text: str) -> str:
 def caption_of(rng: Random, scene: Scene, complete: bool = False) -> str:
     """A caption. Unless `complete`, size, place or background may be left unsaid, so that the seed decides them."""
     say = (lambda probability: True) if complete else (lambda probability: rng.random() < probability)
-    background = describe_background(rng, scene.background) if say(0.9) else None
+    background = describe_background(rng, scene.background) if say(0.75) else None
     on = f" on {background}" if background else ""
     if scene.word is not None:
         forms = [

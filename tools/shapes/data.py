@@ -20,7 +20,7 @@ from .model import pack
 from .workers import save
 
 CHUNK = 256  # samples that are made and kept together
-COMPLETE = 0.6  # of the captions leave nothing to chance: what is left open is noise in every gradient
+COMPLETE = 0.5  # of the captions leave nothing to chance: what is left open is noise in every gradient
 
 
 def pixels(scenes: list[Scene], width: int, height: int) -> Tensor:

@@ -54,9 +54,15 @@ def facts(sample: captions.Sample) -> dict[str, str]:
         if kind != "remove":
             things[1] = scene.things[-1 if kind == "add" else 0]
     found = {"kind": kind}
+    striped = f"striped {' and '.join(scene.background.colors)} background"
     for i, thing in things.items():
         fields = _THING if before is None or i else ("shape", "color")
-        found |= {f"{field} {i}": value for field in fields if (value := getattr(thing, field)) in said}
+        for field in fields:
+            value = getattr(thing, field)
+            # Said once of a pair that shares it, as sizes may be, it is anybody's.
+            sharing = sum(getattr(other, field) == value for other in things.values()) if before is None else 1
+            if said.replace(striped, "").count(value) >= sharing:
+                found[f"{field} {i}"] = value
     told = ("background" in said or "gradient" in said) and all(color in said for color in scene.background.colors)
     if told and (before is None or kind in ("background", "reference")):
         found["background"] = scene.background.kind

@@ -19,7 +19,7 @@ from .model import Denoiser, path, velocity
 
 SAMPLES, STEPS = 48, (8, 16)  # of a roll: paths, and the least and most steps of one
 KEPT = 4  # rolls that are drawn from
-EVERY = 40  # steps of training from one to the next: places of prompts are then drawn once or less, of edits twice
+EVERY = {False: 80, True: 40}  # steps of training from one to the next, prompts and edits: places are drawn twice
 
 
 class Roll(NamedTuple):

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -44,43 +43,47 @@ from .workers import average_gradients
 USUAL = (PICTURE, PICTURE)
 # Shares of sizes, (width, height).
 SQUARE = {USUAL: 1.0}
-OTHER_SIZES = {(96, 96): 0.22, (128, 128): 0.22, (64, 128): 0.12, (128, 64): 0.12, (64, 96): 0.12, (96, 64): 0.12}
-OTHER_SIZES |= {(96, 128): 0.04, (128, 96): 0.04}
+# Things are as large as the shorter side says: where it is 64, what
+# was learned there is known, and the others have to draw anew.
+OTHER_SIZES = {(96, 96): 0.32, (128, 128): 0.28, (96, 128): 0.08, (128, 96): 0.08}
+OTHER_SIZES |= {(64, 128): 0.05, (128, 64): 0.05, (64, 96): 0.07, (96, 64): 0.07}
 # Kontext is shown a reference at one of its own sizes: scaled down to 64 px, these are those it can come to.
 EDIT_SIZES = {USUAL: 0.9, (48, 80): 0.025, (80, 48): 0.025, (48, 96): 0.025, (96, 48): 0.025}
-# Samples of 64 px in a portion, prompts and edits, and the two lengths of text: each other shape is compiled anew.
-PROMPTS, EDITS = 14, 28
-SHORT = 24
-LEARNING_RATE, WARMUP = 2e-3, 100
-FIRST_CHUNKS, GROW_EVERY = 14, 40  # chunks of 256 at the start, and steps between one more of each kind
+TOKENS = 1_792  # of a portion, text included: 37 prompts or 28 edits of 64 px
+SHORT = {False: 24, True: 20}  # text of prompts and edits of 64 px, where all captions are that short
+LEARNING_RATE, WARMUP = 4e-3, 100
+# Chunks of 256 at the start, and steps between one more: drawing and encoding one takes as long as two steps.
+FIRST_CHUNKS, GROW_EVERY = 14, {False: 80, True: 40}
 
 
 class Portion(NamedTuple):
-    """Samples of one kind in a step: shares of sizes, one of which is drawn, tokens in all, text included, whether half
-    of the samples of 64 px lie on the model's own paths, and of the others the share of times above 0.8."""
+    """Samples of one kind in a step: shares of sizes, one of which is drawn, whether half of the samples of 64 px lie
+    on the model's own paths, and of the others the share of times above 0.8."""
 
     edit: bool
     sizes: Mapping[tuple[int, int], float]
-    tokens: int
     early: float
     own: bool = False
 
 
-def portions(step: int, args: argparse.Namespace) -> list[Portion]:
+def portions(step: int, rank: int, args: argparse.Namespace) -> list[Portion]:
     """What a step is made of. What lies where is learned all at once, from enough of it in each step, or not at all.
 
-    So it is with 64 px at first, and with every other size when its turn comes, mostly at times where it is decided;
-    but a few hundred steps of nothing else cost all that was known of 64 px. Edits take longest to learn, so most
-    tokens are theirs, and other sizes come in only every other step. As soon as it can draw, the model is shown its
-    own errors, see `rollouts`.
+    So it comes first, for all sizes together, mostly at times where it is decided: a size that is met later has to be
+    learned anew. Edits take longest, so then most tokens are theirs; of the prompts, whose turn it is differs between
+    the workers, two in three are of other sizes, which have more to learn. As soon as it can draw, the model is shown
+    its own errors, see `rollouts`.
     """
-    prompts, edits = PROMPTS * (16 + MAX_LENGTH), EDITS * (32 + MAX_LENGTH)
     if step < args.edits_from:
-        return [Portion(False, SQUARE, prompts, 0.8)] * 4
-    own, sizes = step >= args.own_from, step >= args.sizes_from
-    others = [Portion(False, OTHER_SIZES, 770, 0.65)] if sizes and step % 2 == 0 else []
-    edit = Portion(True, EDIT_SIZES if sizes else SQUARE, edits, 0.6, own)
-    return [Portion(False, SQUARE, prompts, 0.6, own), *others, edit, edit]
+        return [Portion(False, SQUARE, 0.8), Portion(False, OTHER_SIZES, 0.8)]
+    own = step >= args.own_from
+    prompts = Portion(False, SQUARE, 0.6, own) if (step + rank) % 3 == 0 else Portion(False, OTHER_SIZES, 0.65)
+    return [prompts, *[Portion(True, EDIT_SIZES, 0.6, own)] * 2]
+
+
+def samples(width: int, height: int, edit: bool) -> int:
+    """How many there are in a portion."""
+    return TOKENS // (width * height // 256 * (1 + edit) + MAX_LENGTH)
 
 
 def times(n: int, noise: torch.Generator, early: float) -> Tensor:
@@ -147,28 +150,29 @@ def velocity_loss(
     return (places.weight.to(device) * (found.float() - wanted).square().mean((1, 2))).mean()
 
 
-def compile_in_turn(rank: int, model: Denoiser, predict: Callable[..., Tensor], pools: Mapping[bool, Pool]) -> None:
-    """Compile what 64 px takes, one worker after the other: what the first has compiled the next finds on disk."""
-    for turn in range(distributed.get_world_size()):
-        if turn == rank:
-            noise, rng = torch.Generator().manual_seed(0), Random(0)
-            for pool, n in ((pools[False], PROMPTS), (pools[True], EDITS)):
-                places = straight(dataclasses.replace(pool.batch(n, rng), captions=[""] * n), 0.0, noise)
-                for length in (SHORT, MAX_LENGTH):
-                    velocity_loss(model, predict, places, length, noise).backward()
-            model.zero_grad()
+def compile_together(rank: int, model: Denoiser, predict: Callable[..., Tensor], pools: Iterable[Pool]) -> None:
+    """Compile what the pools take, each worker its share first: what the others have compiled, it finds on disk."""
+    places: dict[tuple[int, int, int], tuple[Places, int]] = {}  # by batch, tokens of pictures and of text
+    for pool in pools:
+        n = samples(*pool.size, pool.edit)
+        size = pool.size[0] * pool.size[1] // 256
+        reference = torch.zeros(n, size, 64) if pool.edit else None
+        batch = Batch(pool.size, [""] * n, torch.zeros(n, size, 64), reference, torch.ones(n))
+        for length in (SHORT[pool.edit], MAX_LENGTH) if pool.size == USUAL else (MAX_LENGTH,):
+            places[n, size * (1 + pool.edit), length] = straight(batch, 0.0, torch.Generator()), length
+    every, world = list(places.values()), distributed.get_world_size()
+    torch._dynamo.config.recompile_limit = max(8, len(every))  # beyond it, the rest would run as it is, without a word
+    for turn in range(world):
+        for some, length in every[(rank + turn) % world :: world]:
+            velocity_loss(model, predict, some, length, torch.Generator()).backward()
         distributed.barrier()
-
-
-def size_and_count(rng: Random, portion: Portion) -> tuple[tuple[int, int], int]:
-    """One of the portion's sizes, and how many samples of it there are."""
-    width, height = rng.choices(list(portion.sizes), list(portion.sizes.values()))[0]
-    return (width, height), max(4, portion.tokens // (width * height // 256 * (1 + portion.edit) + MAX_LENGTH))
+    model.zero_grad()
 
 
 def learning_rate(step: int, first: int, args: argparse.Namespace) -> float:
-    """A warm-up, constant until `own_from`, then linear to zero; where a run begins there, from half."""
-    full = LEARNING_RATE / 2 if first else LEARNING_RATE
+    """A warm-up, constant until `own_from`, then linear to zero; half while there are prompts alone, and where a run
+    begins from a pipeline."""
+    full = LEARNING_RATE / 2 if first or step < args.edits_from else LEARNING_RATE
     return full * min(1.0, (step - first + 1) / WARMUP, (args.steps - step) / max(args.steps - args.own_from, 1))
 
 
@@ -177,7 +181,7 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
     run: Path = args.run
     torch.manual_seed(args.seed)
     model = Denoiser(run / "tokenizers").to(args.device)
-    at_64, elsewhere = Fast(model, args.compile), Fast(model)  # each of the other sizes is too rare to be compiled
+    predict = Fast(model, args.compile)
     parameters = list(model.parameters())
     optimizer = Muon(*matrices(model))
     averaged = copy.deepcopy(model).requires_grad_(False)
@@ -198,40 +202,40 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
     }
     began, total, logged = time.time(), 0.0, start
     if args.compile:
-        usual = {edit: pools[edit, *USUAL] for edit in (False, True)}
-        for pool in usual.values():
-            pool.grow(1)
-        compile_in_turn(rank, model, at_64, usual)
+        compile_together(rank, model, predict, pools.values())
     for step in range(start, args.steps):
         for pool in pools.values():
-            if pool.size == USUAL:
-                pool.grow(FIRST_CHUNKS + (step - first) // GROW_EVERY)
-            elif step >= args.sizes_from:
-                share = (EDIT_SIZES if pool.edit else OTHER_SIZES)[pool.size]
-                pool.grow(2 + int(share * (FIRST_CHUNKS + (step - max(first, args.sizes_from)) / GROW_EVERY)))
+            since = step - max(first, args.edits_from if pool.edit else 0)
+            if since < 0:
+                continue
+            chunks = FIRST_CHUNKS + since / GROW_EVERY[pool.edit]
+            if pool.size != USUAL:
+                chunks = 2 + chunks * (EDIT_SIZES if pool.edit else OTHER_SIZES)[pool.size]
+            pool.grow(int(chunks))
         rng = Random(f"{args.seed} {step} {rank}")
         noise = torch.Generator().manual_seed(rng.getrandbits(62))
         optimizer.zero_grad()
-        phase = portions(step, args)
+        phase = portions(step, rank, args)
         if step == start or step % workers.SAVE_EVERY == 0:
             drawn = {edit: Rollouts(pools[edit, *USUAL]) for edit in (False, True)}  # as a run that goes on has them
-        for paths in drawn.values() if any(portion.own for portion in phase) else ():
-            if not paths.rolls or step % rollouts.EVERY == 0:  # in all workers at once: none waits for another
+        for edit, paths in drawn.items() if any(portion.own for portion in phase) else ():
+            if not paths.rolls or step % rollouts.EVERY[edit] == 0:  # in all workers at once: none waits for another
                 paths.roll(averaged, Fast(averaged), rng)
         work = []
         for portion in phase:
-            size, n = size_and_count(rng, portion)
+            size = rng.choices(list(portion.sizes), list(portion.sizes.values()))[0]
+            n = samples(*size, portion.edit)
             own_paths = n // 2 if portion.own and size == USUAL else 0
             places = straight(pools[portion.edit, *size].batch(n - own_paths, rng), portion.early, noise)
             if own_paths:
                 places = joined(places, own(drawn[portion.edit], own_paths, rng))
             work.append(places)
-        samples = sum(len(places.t) for places in work)
+        total_samples = sum(len(places.t) for places in work)
         for places in work:
-            predict = at_64 if places.batch.size == USUAL else elsewhere
-            # Pipelines pad to all 32, but over a third of the tokens would be padding.
-            length = SHORT if torch.rand((), generator=noise).item() < 2 / 3 else MAX_LENGTH
-            loss = velocity_loss(model, predict, places, length, noise) * len(places.t) / samples
+            # Pipelines pad to all 32, but a quarter of the tokens would be padding.
+            short = torch.rand((), generator=noise).item() < 3 / 4 and places.batch.size == USUAL
+            length = SHORT[places.batch.reference is not None] if short else MAX_LENGTH
+            loss = velocity_loss(model, predict, places, length, noise) * len(places.t) / total_samples
             loss.backward()
             total += loss.item()
         average_gradients(parameters)
@@ -308,9 +312,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled shapes model.")
     parser.add_argument("--run", type=Path, required=True, help="working folder: checkpoints, latents, log, loss plot")
     parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
-    parser.add_argument("--steps", type=int, default=7_000, help="steps of the denoiser")
-    parser.add_argument("--edits-from", type=int, default=600, help="until this step, prompts alone, mostly noise")
-    parser.add_argument("--sizes-from", type=int, default=1_600, help="until this step, 64 px alone")
+    parser.add_argument("--steps", type=int, default=6_600, help="steps of the denoiser")
+    parser.add_argument("--edits-from", type=int, default=1_400, help="until this step, prompts alone, mostly noise")
     parser.add_argument(
         "--own-from",
         type=int,
@@ -326,8 +329,8 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda (default: cpu)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if not args.edits_from <= args.sizes_from <= args.own_from:
-        parser.error("--edits-from, --sizes-from and --own-from must not fall")
+    if args.edits_from > args.own_from:
+        parser.error("--own-from must not come before --edits-from")
     if args.start is not None and args.steps <= args.own_from:
         parser.error(f"--start goes on at step {args.own_from}, so --steps must be more, got {args.steps}")
     args.run.mkdir(parents=True, exist_ok=True)
