@@ -19,7 +19,8 @@ from .model import Denoiser, path, velocity
 
 SAMPLES, STEPS = 48, (8, 16)  # of a roll: paths, and the least and most steps of one
 KEPT = 4  # rolls that are drawn from
-EVERY = {False: 80, True: 40}  # steps of training from one to the next, prompts and edits: places are drawn twice
+# Steps of training from one to the next, prompts and edits: places are drawn about once and twice.
+EVERY = {False: 80, True: 40}
 
 
 class Roll(NamedTuple):

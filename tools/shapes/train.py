@@ -43,8 +43,7 @@ from .workers import average_gradients
 USUAL = (PICTURE, PICTURE)
 # Shares of sizes, (width, height).
 SQUARE = {USUAL: 1.0}
-# Things are as large as the shorter side says: where it is 64, what
-# was learned there is known, and the others have to draw anew.
+# Things are as large as the shorter side says: where it is not 64, all has to be drawn anew.
 OTHER_SIZES = {(96, 96): 0.32, (128, 128): 0.28, (96, 128): 0.08, (128, 96): 0.08}
 OTHER_SIZES |= {(64, 128): 0.05, (128, 64): 0.05, (64, 96): 0.07, (96, 64): 0.07}
 # Kontext is shown a reference at one of its own sizes: scaled down to 64 px, these are those it can come to.
@@ -232,7 +231,7 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
             work.append(places)
         total_samples = sum(len(places.t) for places in work)
         for places in work:
-            # Pipelines pad to all 32, but a quarter of the tokens would be padding.
+            # Pipelines pad to all 32, but over a third of the tokens would be padding.
             short = torch.rand((), generator=noise).item() < 3 / 4 and places.batch.size == USUAL
             length = SHORT[places.batch.reference is not None] if short else MAX_LENGTH
             loss = velocity_loss(model, predict, places, length, noise) * len(places.t) / total_samples
