@@ -1,0 +1,72 @@
+"""All numbers on the bundled model's card and of docs/image-benchmark.md:
+
+    python -m shapes.measure --runs RUNS --out ../bench/results/image          in tools/
+
+One run after the other, as two share the cores badly. It goes on where it was stopped, and the pictures stay in RUNS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fluxkiln.cli import main as fluxkiln
+from fluxkiln.files import write_text
+
+SIZES = ("64x128", "128x64", "64x96", "96x64", "96x96", "128x128", "128x96")
+# Options of `fluxkiln bench image` by what is published of them. Several runs in a file are a folder each.
+QUANTISED = "--limit 4 --reference {runs}/bf16 --floor {runs}/floor --step-errors 12 --precision"
+RUNS = {
+    "bf16": "--limit 4 --precision bf16",
+    "floor": "--limit 4 --precision bf16 --peer diffusers --backend auto",
+    "shapes": "--suite shapes",
+    "shapes-turns": "--suite shapes-turns",
+    "shapes-fp8": f"{QUANTISED} fp8",
+    "shapes-nvfp4": f"{QUANTISED} nvfp4",
+    "shapes-guidance": "--limit 10 --guidance 0 1 2 3.5 5",
+    "shapes-negative": "--suite shapes-negative --true-cfg-scale 1 2 4",
+    **{f"shapes-sizes/{size}": f"--limit 20 --category single pair count word --size {size}" for size in SIZES},
+}
+UNPUBLISHED = ("bf16", "floor")  # what others are compared with
+
+
+def bench(*options: str) -> None:
+    if status := fluxkiln(["bench", "image", *options]):
+        raise SystemExit(status)
+
+
+def read(results: Path) -> dict[str, Any]:
+    """Without what it says of single pictures."""
+    found: dict[str, Any] = json.loads(results.read_text())
+    return {key: value for key, value in found.items() if key != "items"}
+
+
+def published(runs: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and content of every file but the ablation's, which writes its own."""
+    for name in dict.fromkeys(run.split("/")[0] for run in RUNS if run not in UNPUBLISHED):
+        folder = runs / name
+        if (one := folder / "results.json").exists():
+            yield name, read(one)
+        else:
+            yield name, {path.parent.name: read(path) for path in sorted(folder.glob("*/results.json"))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure everything that is published of the bundled model.")
+    parser.add_argument("--runs", type=Path, required=True, help="folder for pictures")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the published files")
+    args = parser.parse_args()
+    for name, options in RUNS.items():
+        print(f"\n{name}", flush=True)
+        more = (option.format(runs=args.runs) for option in options.split())
+        bench("--backend", "eager", "--out", str(args.runs / name), *more)
+    bench("ablate", "--backend", "eager", "--limit", "2", "--out", str(args.out / "ablation.json"))
+    for name, results in published(args.runs):
+        write_text(args.out / f"{name}.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
