@@ -22,6 +22,7 @@ from fluxkiln.bench import image, scoring
 from fluxkiln.bench.fidelity import fidelity, files
 from fluxkiln.bench.image import Settings
 from fluxkiln.bench.suite import Item
+from fluxkiln.cli import file_path, finite
 from fluxkiln.cli_model import DEFAULT_MODEL
 from fluxkiln.files import write_text
 from fluxkiln.kernels.recipe import BY_NORM, BY_TILE, Recipe, rules
@@ -140,9 +141,9 @@ def _line(row: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     image.add_model_arguments(parser)
-    parser.add_argument("--guidance", type=float, help="distilled guidance (default: the model's)")
+    parser.add_argument("--guidance", type=finite, help="distilled guidance (default: the model's)")
     parser.add_argument("--format", nargs="+", default=["fp8", "nvfp4"], choices=["fp8", "nvfp4"])
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=file_path, help="JSON file to write")
 
 
 def run(args: argparse.Namespace) -> int:

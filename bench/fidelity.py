@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -61,7 +61,10 @@ def _of_run(folder: Path) -> dict[str, Path]:
 def _results(folder: Path) -> dict[str, Any] | None:
     """What a run of ours says of its pictures; None of other pictures."""
     path = folder / "results.json"
-    results = json.loads(path.read_text()) if path.is_file() else None
+    try:
+        results = json.loads(path.read_text()) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
     return results if isinstance(results, dict) and {"items", "record"} <= results.keys() else None
 
 
@@ -69,8 +72,10 @@ def shared(*folders: Path, names: Collection[str] | None = None) -> dict[str, li
     """The pictures of each name, or of these `names`, that all folders or their `images` have, in their order.
 
     Raises:
-        ValueError: there is none, or two in one folder have one name.
+        ValueError: a folder is not there, no name is in all, or two pictures in one folder have one name.
     """
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise ValueError(f"no folder {missing[0]}")
     found = [_of_run(folder) for folder in folders]
     common = [name for name in found[0] if all(name in pictures for pictures in found)]
     result = {name: [pictures[name] for pictures in found] for name in common if names is None or name in names}
@@ -181,23 +186,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("b", type=Path, help="the reference")
     parser.add_argument("--floor", type=Path, help="another implementation's pictures: how far chance alone goes")
     parser.add_argument("--sheet", type=sheet_path, help="contact sheet of at most 60 pairs to write, worst first")
+    parser.add_argument("--suite", help="with --sheet: what was asked for, and the pictures to edit, from this suite")
     parser.add_argument("--lpips", choices=learned.LPIPS_NETS, help="also LPIPS, with the package and weights you have")
     parser.add_argument("--json", action="store_true")
 
 
 def run(args: argparse.Namespace) -> int:
+    from fluxkiln.bench.suite import load
+
     extra = {"lpips": learned.lpips(args.lpips)} if args.lpips else None
     pictures = shared(args.a, args.b, *([args.floor] if args.floor else []))
     if args.floor:
         check_floor(args.b, args.floor)
+    items = {} if args.suite is None else {item.id: item for item in load(args.suite)}
+    prompts = {name: item.prompt for name, item in items.items()}
+
+    def sources(name: str) -> Iterator[Image.Image]:
+        """The picture that was to be edited, if the suite says that there is one."""
+        if name in items and (source := items[name].source(made=args.a)) is not None:
+            yield source
+
     results = {"fidelity": fidelity({name: (a, b) for name, (a, b, *_) in pictures.items()}, extra)}
     if args.floor:
         results["noise_floor"] = fidelity({name: (floor, b) for name, (_, b, floor) in pictures.items()}, extra)
     if args.sheet:
         sides = (args.a, args.b) if args.a.name == args.b.name else (args.a.name, args.b.name)
         shown = to_show(list(pictures), lambda name: metrics.psnr(*map(read, pictures[name][:2])))
-        captions = (f"{name}: {sides[0]} | {sides[1]}" for name in shown)
-        rows = (map(open_picture, pictures[name][:2]) for name in shown)
+        captions = (f"{prompts.get(name, name)}: {sides[0]} | {sides[1]}" for name in shown)
+        rows = ([*sources(name), *map(open_picture, pictures[name][:2])] for name in shown)
         contact_sheet(zip(captions, rows, strict=True)).save(args.sheet)
     if args.json:
         print(json.dumps(results))

@@ -32,7 +32,7 @@ from PIL import Image
 from fluxkiln.bench import fidelity, learned, metrics, report, scoring, suite
 from fluxkiln.bench.fidelity import contact_sheet, read
 from fluxkiln.bench.suite import Item
-from fluxkiln.cli import above_zero, at_least_one, pixels
+from fluxkiln.cli import above_zero, at_least_one, finite, pixels
 from fluxkiln.cli_model import DEFAULT_MODEL, add_source, model_files
 from fluxkiln.files import write_text
 
@@ -217,7 +217,7 @@ def select(args: argparse.Namespace) -> list[Item]:
     missing = [category for category in args.category or () if category not in counts]
     if missing or not items:
         what = f"no category {missing[0]!r}" if missing else "nothing to make"
-        raise ValueError(f"{what}: the suite has the categories {', '.join(counts)}")
+        raise ValueError(f"{what}: the suite has {'the categories ' + ', '.join(counts) if counts else 'no items'}")
     return items
 
 
@@ -245,9 +245,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.set_defaults(run=module.run)
     add_model_arguments(parser)
     several = "; several make a run each"
-    parser.add_argument("--guidance", type=float, nargs="+", default=[None], help=f"distilled guidance{several}")
+    parser.add_argument("--guidance", type=finite, nargs="+", default=[None], help=f"distilled guidance{several}")
     parser.add_argument(
-        "--true-cfg-scale", type=float, nargs="+", default=[1.0], help=f"1: off, above: twice the cost{several}"
+        "--true-cfg-scale", type=finite, nargs="+", default=[1.0], help=f"1: off, above: twice the cost{several}"
     )
     parser.add_argument("--negative-prompt", help="with --true-cfg-scale, of items that have none; default: empty")
     parser.add_argument("--out", type=Path, default=Path("bench-image"), help="folder for pictures and results")
@@ -346,6 +346,13 @@ def _one(
     }
     if found := scoring.rewards(rows):
         results["image_reward"] = found
+    if source(args) == DEFAULT_MODEL:
+        results["note"] = SHAPES_NOTE
+
+    def keep() -> None:
+        write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+    keep()  # a comparison may fail, and what was judged is lost by none
     if args.reference:
         mine, others = fidelity.files(folder), fidelity.shared(*_others(args), names=[item.id for item in items])
         pairs = {name: (mine[name], reference) for name, (reference, *_) in others.items()}
@@ -359,9 +366,7 @@ def _one(
         n = min(args.step_errors, len(items))
         some = [items[i * len(items) // n] for i in range(n)]  # of all categories, if there are enough
         results["step_errors"] = ablation.step_errors(pipe, source(args), some, settings, folder / "images")
-    if source(args) == DEFAULT_MODEL:
-        results["note"] = SHAPES_NOTE
-    write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    keep()
     if args.sheet:
         right = {row["id"]: row.get("ok", True) for row in rows}
         shown = fidelity.to_show(items, lambda item: right[item.id])

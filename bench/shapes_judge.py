@@ -15,11 +15,12 @@ from fluxkiln.bench.shapes_measure import (
     Found,
     Mask,
     Pixels,
-    beside_word,
     coverage,
     find_background,
     find_things,
+    not_word,
     read_word,
+    reduced,
 )
 from fluxkiln.bench.shapes_scene import OUTLINE_SCALE, Background, Scene, Thing, outline
 
@@ -89,6 +90,7 @@ def judge(pixels: Pixels, scene: Scene) -> Verdict:
     Things in a relation may be anywhere as long as the relation holds, and counted ones anywhere; otherwise places
     count. A picture whose background is none is wrong in everything.
     """
+    pixels = reduced(pixels)
     background = find_background(pixels)
     asked = ["background"]
     asked += (
@@ -108,7 +110,7 @@ def judge(pixels: Pixels, scene: Scene) -> Verdict:
     if scene.word:
         word, color = read_word(pixels, background)
         checks |= {"word": word == scene.word, "color": color == scene.word_color}
-        checks["count"] = beside_word(pixels, background, len(word)) <= SPECK
+        checks["count"] = color is not None and not_word(pixels, background, len(word), color) <= SPECK
         return Verdict(checks, background, (), word)
     found, dirt = find_things(pixels, background)
     pairs = _pair_up(found, scene)
@@ -125,7 +127,7 @@ def judge(pixels: Pixels, scene: Scene) -> Verdict:
 
 def judge_without(pixels: Pixels, scene: Scene, color: str) -> Verdict:
     """`judge` where the scene's background was left open: any will do that has not this colour."""
-    background = find_background(pixels)
+    background = find_background(reduced(pixels))
     verdict = judge(pixels, scene if background is None else scene.replace(background=background))
     absent = background is not None and color not in background.colors
     return replace(verdict, checks={**verdict.checks, "without": absent})

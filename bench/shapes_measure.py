@@ -39,6 +39,8 @@ BACKGROUND_ERROR = 22.0  # mean RGB distance of the frame from its background, a
 NOT_BACKGROUND = 40.0  # RGB distance from which a pixel is something else; any two legible colours are 75 apart
 PURE = 45.0  # RGB distance from a palette colour up to which a pixel is no mixture of two
 SPECK = 0.004  # of the area: less than that is dirt, and more dirt than that in all is a fault
+_HOLE = 0.12  # of what is painted, from which a thing is outlined
+_ENOUGH = 128  # pixels of the shorter side; of more, nothing is seen that these do not show
 
 _NAMES = list(COLORS)
 _PALETTE = np.array([COLORS[name] for name in _NAMES], np.float32)
@@ -56,6 +58,19 @@ class Found:
     style: str
     overlap: float
     mask: Mask = field(repr=False, compare=False)
+
+
+def reduced(pixels: Pixels) -> Pixels:
+    """A picture of more than twice as many pixels as it takes, made smaller by means of squares.
+
+    What is measured takes time by the pixel, and regions by their length as well: at FLUX.1's own size, half a minute.
+    """
+    factor = min(pixels.shape[:2]) // _ENOUGH
+    if factor < 2:
+        return pixels
+    height, width = (n // factor for n in pixels.shape[:2])
+    squares = pixels[: height * factor, : width * factor].reshape(height, factor, width, factor, 3)
+    return np.rint(squares.mean((1, 3), dtype=np.float32)).astype(np.uint8)
 
 
 # -- masks ------------------------------------------------------------------------------------------------------------
@@ -262,7 +277,7 @@ def _measure(
     height, width = region.shape
     whole = fill(region)
     if style is None:
-        style = "outlined" if whole.sum() > 1.12 * region.sum() else "plain"
+        style = "outlined" if whole.sum() > (1 + _HOLE) * region.sum() else "plain"
     # Soften the rim by how far each pixel is on the way from the background to the paint.
     rim = dilate(region) & ~erode(region) & dilate(~whole)
     ways = [_PALETTE[color] - colors for color in paint]
@@ -282,7 +297,8 @@ def _measure_part(
     if (around & region).sum() > 0.8 * around.sum():
         behind = np.bincount(labels[dilate(around) & ~whole & region], minlength=len(_NAMES)).argmax()
         under = np.broadcast_to(_PALETTE[behind], colors.shape)
-    return _measure(pixels, part, (color,), under, "plain" if whole.sum() > part.sum() else None)
+    seen_through = (whole & ~region).sum()  # what another thing covers is no hole
+    return _measure(pixels, part, (color,), under, "outlined" if seen_through > _HOLE * part.sum() else "plain")
 
 
 def find_things(pixels: Pixels, background: Background) -> tuple[list[Found], float]:
@@ -369,15 +385,20 @@ def read_word(pixels: Pixels, background: Background) -> tuple[str, str | None]:
     return best, _NAMES[color]
 
 
-def beside_word(pixels: Pixels, background: Background, letters: int) -> float:
-    """Share of the picture that is neither background nor where a word of so many letters stands."""
+def not_word(pixels: Pixels, background: Background, letters: int, color: str) -> float:
+    """Share of the picture that is not as where a word of so many letters stands: neither background nor, in the
+    word's place, on the way from it to the word's colour."""
     height, width, _ = pixels.shape
     side = min(height, width)
-    different = np.linalg.norm(pixels - _expected(background, height, width)[0], axis=-1) > NOT_BACKGROUND
+    ground = _expected(background, height, width)[0]
     half, tall = letters * side * LETTER_CELL / 2 + 1, 3.5 * side * LETTER_DOT + 1
     rows, columns = (np.abs(np.arange(n) + 0.5 - n / 2) for n in (height, width))
-    different[np.ix_(rows <= tall, columns <= half)] = False
-    return float(different.mean())
+    place = np.ix_(rows <= tall, columns <= half)
+    expected = ground.copy()
+    way = _PALETTE[_NAMES.index(color)] - ground[place]
+    share = ((pixels[place] - ground[place]) * way).sum(-1) / np.maximum((way * way).sum(-1), 1)
+    expected[place] += np.clip(share, 0, 1)[..., None] * way
+    return float((np.linalg.norm(pixels - expected, axis=-1) > NOT_BACKGROUND).mean())
 
 
 def _dots(total: NDArray[np.floating], left: float, top: float, dot: float) -> NDArray[np.floating]:

@@ -156,7 +156,8 @@ class Scene:
         """What `to_dict` made.
 
         Raises:
-            ValueError: a name that this world does not have.
+            ValueError: a name that this world does not have, a number that is none, one color or thing where two are
+                wanted.
             KeyError, TypeError: another key, or none, where one is wanted.
         """
         things = tuple(Thing(**thing) for thing in data.get("things", ()))
@@ -173,6 +174,18 @@ class Scene:
             for name in names:
                 if name not in known:
                     raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
+        for thing in things:
+            for what, number in (("radius", thing.radius), ("x", thing.x), ("y", thing.y)):
+                if not isinstance(number, int | float) or not (
+                    0 < number <= 1 if what == "radius" else 0 <= number <= 1
+                ):
+                    raise ValueError(f"{what} of a thing must be a number of 0 to 1, got {number!r}")
+        if scene.background.kind != "plain" and scene.background.color2 is None:
+            raise ValueError(f"a {scene.background.kind} background needs a color2")
+        if scene.relation and len(things) != 2:
+            raise ValueError(f"a relation is of two things, got {len(things)}")
+        if scene.word and not scene.word_color:
+            raise ValueError("a word needs a word_color")
         return scene
 
     @property

@@ -118,8 +118,12 @@ def load(name: str | Path) -> list[Item]:
     """
     path = locate(name)
     items = []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8: {error}") from None
     # Not splitlines: a prompt may hold U+2028 and the like.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

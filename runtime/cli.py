@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import fluxkiln
@@ -98,6 +99,22 @@ def above_zero(text: str) -> float:
     return value
 
 
+def finite(text: str) -> float:
+    """A number of an argument that must be neither infinite nor nan."""
+    value = float(text)
+    if not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    return value
+
+
+def file_path(text: str) -> Path:
+    """A file to write: said to be no such thing now, not after the work."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that is there, got {text!r}")
+    return path
+
+
 def at_least_one(text: str) -> int:
     """A count of an argument that has to be 1 or more."""
     value = int(text)
@@ -106,7 +123,11 @@ def at_least_one(text: str) -> int:
     return value
 
 
-above_zero.__name__, at_least_one.__name__ = "float", "int"  # what argparse calls them where the text is no number
+above_zero.__name__, finite.__name__, at_least_one.__name__ = (
+    "float",
+    "float",
+    "int",
+)  # what argparse calls them where the text is no number
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

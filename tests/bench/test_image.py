@@ -289,6 +289,40 @@ def test_broken_suites_are_refused(tmp_path: Path, text: str, message: str) -> N
         suite.load(path)
 
 
+_THING = {"shape": "star", "color": "red", "radius": 0.2, "x": 0.5, "y": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("scene", "message"),
+    [
+        ({"things": [_THING | {"radius": "big"}]}, "radius of a thing must be a number of 0 to 1, got 'big'"),
+        ({"things": [_THING | {"x": 32}]}, "x of a thing must be a number of 0 to 1, got 32"),
+        ({"background": {"kind": "striped", "color": "red"}}, "a striped background needs a color2"),
+        ({"things": [_THING], "relation": "above"}, "a relation is of two things, got 1"),
+        ({"word": "FOX"}, "a word needs a word_color"),
+    ],
+)
+def test_scenes_that_cannot_be_drawn_are_refused(tmp_path: Path, scene: dict, message: str) -> None:
+    item = {
+        "id": 1,
+        "category": "a",
+        "prompt": "x",
+        "scene": {"background": {"kind": "plain", "color": "blue"}} | scene,
+    }
+    (path := tmp_path / "broken.jsonl").write_text(json.dumps(item))
+    with pytest.raises(ValueError, match=message):
+        suite.load(path)
+
+
+def test_a_suite_is_utf_8_with_or_without_a_mark(tmp_path: Path) -> None:
+    line = '{"id": 1, "category": "a", "prompt": "caf\u00e9"}'
+    (path := tmp_path / "suite.jsonl").write_text(line, encoding="utf-8-sig")
+    assert suite.load(path)[0].prompt == "caf\u00e9"
+    path.write_text(line, encoding="latin-1")
+    with pytest.raises(ValueError, match="must be text in UTF-8"):
+        suite.load(path)
+
+
 def test_a_folder_hides_no_bundled_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shapes").mkdir()

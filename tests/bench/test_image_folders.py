@@ -40,9 +40,58 @@ def test_compare_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().err == said
     assert main([*BENCH, "compare", str(folders[0])]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    assert main([*BENCH, "compare", str(folders[0]), str(tmp_path / "nowhere")]) == 1
+    assert capsys.readouterr().err == f"fluxkiln: no folder {tmp_path / 'nowhere'}\n"
     Image.new("RGB", (16, 32)).save(tmp_path / "empty" / "single-0.JPEG")
     assert main([*BENCH, "compare", str(folders[0]), str(tmp_path / "empty")]) == 1
     assert "single-0: the pictures have different sizes, 64 x 64 and 16 x 32" in capsys.readouterr().err
+
+
+def test_a_sheet_of_two_folders_shows_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the suite: the instruction, and the picture that was to be edited."""
+    folders = [str(tmp_path / name) for name in "ab"]
+    for folder in folders:
+        image.make(Painter(), ITEMS, Path(folder), image.Settings(steps=4), progress=False)
+    shown: list[tuple[str, list[Image.Image]]] = []
+    monkeypatch.setattr(
+        fidelity, "contact_sheet", lambda rows: shown.extend((c, [*p]) for c, p in rows) or Image.new("RGB", (8, 8))
+    )
+    sheet = ["--sheet", str(tmp_path / "s.png")]
+    assert main([*BENCH, "compare", *folders, *sheet]) == 0
+    assert {len(row) for _, row in shown} == {2}
+    shown.clear()
+    assert main([*BENCH, "compare", *folders, *sheet, "--suite", str(suite_file(tmp_path, ITEMS))]) == 0
+    by_prompt = {caption.removesuffix(": a | b"): row for caption, row in shown}
+    assert by_prompt.keys() == {item.prompt for item in ITEMS}
+    for item in ITEMS:
+        *before, _, _ = by_prompt[item.prompt]
+        source = item.source(made=tmp_path / "a")
+        assert [np.asarray(picture).tolist() for picture in before] == (
+            [] if source is None else [np.asarray(source).tolist()]
+        )
+
+
+def test_what_was_judged_outlives_a_comparison_that_fails(
+    painter: Painter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (16, 32)).save(other / "single-0.png")
+    command = [*BENCH, "--suite", str(suite_file(tmp_path, ITEMS)), "--out", str(tmp_path / "run")]
+    assert main([*command, "--reference", str(other)]) == 1
+    assert "the pictures have different sizes" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["summary"]["all"]["n"] == sum(
+        item.scene is not None for item in ITEMS
+    )
+    (other / "results.json").write_text("{")
+    assert main([*BENCH, "compare", str(tmp_path / "run"), str(other)]) == 1
+    assert f"{other / 'results.json'} is no JSON" in capsys.readouterr().err
+    for option in ("--guidance", "--true-cfg-scale"):
+        assert main([*command, option, "nan"]) == 2
+        assert f"{option}: must be a finite number, got 'nan'" in capsys.readouterr().err
+    for path in (tmp_path, tmp_path / "nowhere" / "a.json"):
+        assert main([*BENCH, "ablate", "--out", str(path)]) == 2
+        assert "must be a file in a folder that is there" in capsys.readouterr().err
 
 
 def test_fidelity_is_of_this_runs_pictures(
@@ -71,10 +120,11 @@ def test_fidelity_is_of_this_runs_pictures(
         assert json.loads(capsys.readouterr().out)["fidelity"]["n"] == n
     made = len(painter.calls)
     (tmp_path / "other").mkdir()
-    for other in ("typo", "other"):  # said before anything is made
+    nothing = {"typo": f"no folder {tmp_path / 'typo'}", "other": "have no picture of this run of the same name"}
+    for other, message in nothing.items():  # said before anything is made
         options = ["--reference", str(tmp_path / "run"), "--floor", str(tmp_path / other)]
         assert main([*BENCH, "--suite", command[1], "--out", str(tmp_path / "new"), *options]) == 1
-        assert f"{tmp_path / other} have no picture of this run of the same name" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert len(painter.calls) == made
 
 

@@ -14,7 +14,19 @@ from scipy import ndimage
 from shapes import captions
 
 from fluxkiln.bench import metrics, shapes_judge, shapes_measure, suite
-from fluxkiln.bench.shapes_scene import CELLS, COLORS, FONT, SHAPES, STYLES, Background, Scene, Thing, draw
+from fluxkiln.bench.shapes_scene import (
+    CELLS,
+    COLORS,
+    FONT,
+    LETTER_CELL,
+    SHAPES,
+    STYLES,
+    Background,
+    Scene,
+    Thing,
+    draw,
+    things_in_relation,
+)
 
 KINDS = ("single", "pair", "count", "word")
 SIZES = ((64, 64), (64, 64), (96, 96), (128, 128), (128, 64), (64, 128), (64, 96), (96, 64), (96, 128), (128, 96))
@@ -86,7 +98,9 @@ def _other_contents(rng: Random, kind: str, scene: Scene) -> dict[str, Scene]:
         misses["long"] = scene.replace(word=scene.word + rng.choice(list(FONT)))
         near = _nearest(scene.word_color, [c for c in others if c != scene.word_color])
         misses["word color"] = scene.replace(word_color=near)
-        misses["more"] = scene.replace(things=(Thing.of(rng.choice(SHAPES), rng.choice(others), "small", "top"),))
+        for name, (x, y) in {"more": CELLS["top"], "more in it": (rng.uniform(0.3, 0.7), 0.5)}.items():
+            more = Thing(rng.choice(SHAPES), rng.choice(others), radius=0.115, x=x, y=y)
+            misses[name] = scene.replace(things=(more,))
         return misses
     if not scene.things:  # a removal has left none
         return {"more": scene.replace(things=(Thing.of(rng.choice(SHAPES), rng.choice(others), "small"),))}
@@ -101,7 +115,7 @@ def _other_contents(rng: Random, kind: str, scene: Scene) -> dict[str, Scene]:
         misses[f"{name}color"] = instead(color=_nearest(thing.color, others))
         misses[f"{name}size"] = instead(radius=thing.radius * rng.choice((1.355, 1 / 1.355)))
         if thing.radius >= 0.15:  # of smaller ones, two stripes are all there is
-            thin = thing.shape in ("star", "cross")
+            thin = thing.shape in ("star", "cross") and scene.relation != "inside"
             styles = [s for s in STYLES if s != thing.style and not (s == "outlined" and thin)]
             misses |= {f"{name}{style}": instead(style=style) for style in styles}
     misses["fewer"] = scene.replace(things=rest)
@@ -161,6 +175,46 @@ def test_the_judge_is_right_within_half_a_percent_and_taken_in_by_less_than_one(
     print(f"of {n} true renders {len(refused)} refused, of {n} misses {len(accepted)} accepted")
     assert metrics.wilson(n - len(refused), n)[0] >= 0.995, refused
     assert metrics.wilson(len(accepted), n)[1] <= 0.01, accepted
+
+
+@pytest.mark.parametrize("side", [64, 96, 128])
+def test_a_word_is_of_one_color(side: int) -> None:
+    """Neither a letter of it nor half of it may have another, and nothing else may stand among the letters."""
+    rng = Random(side)
+    for _ in range(20):
+        scene = captions.text_to_image(rng, "word").scene
+        other = rng.choice([c for c in _unused(scene) if c != scene.word_color])
+        pixels, painted = _pixels(scene, side, side), _pixels(scene.replace(word_color=other), side, side)
+        assert shapes_judge.judge(pixels, scene).ok
+        half, letter = pixels.copy(), pixels.copy()
+        half[: side // 2] = painted[: side // 2]
+        left = round(side * (0.5 - len(scene.word) * LETTER_CELL / 2))
+        right = left + round(side * LETTER_CELL)
+        letter[:, left:right] = painted[:, left:right]
+        for wrong in (half, letter):
+            assert not shapes_judge.judge(wrong, scene).ok, scene
+
+
+@pytest.mark.parametrize("outer", SHAPES)
+def test_an_outline_around_a_thing_is_no_thing_behind_it(outer: str) -> None:
+    for side, inner in itertools.product((64, 128), SHAPES):
+        looks = [(inner, "red", "medium"), (outer, "white", "large")]
+        scene = Scene(Background("plain", "blue"), things_in_relation("inside", looks), "inside")
+        front, behind = scene.things
+        around = scene.replace(things=(front, behind.replace(style="outlined")))
+        for asked, shown in itertools.product((scene, around), repeat=2):
+            assert shapes_judge.judge(_pixels(shown, side, side), asked).ok is (asked is shown), (inner, side)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "edit"])
+def test_large_pictures_are_judged_as_small_ones(kind: str) -> None:
+    rng = Random(f"large {kind}")
+    for width, height in ((512, 512), (400, 300)):
+        sample = _sample(rng, kind)
+        assert _accepts(sample, _pixels(sample.scene, width, height))
+        misses = _near_misses(rng, kind, sample)
+        wrong = rng.choice([name for name in misses if "size" not in name])
+        assert not _accepts(sample, _pixels(misses[wrong], width, height)), wrong
 
 
 @pytest.mark.parametrize("kind", KINDS)
