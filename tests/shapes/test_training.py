@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from random import Random
 from types import ModuleType, SimpleNamespace
@@ -35,33 +36,85 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-_EDITS = 2 * [(True, train.EDIT_SIZES)]
+_EDITS = [train.SHORT_EDITS, train.LONG_EDITS]
 
 
 @pytest.mark.parametrize(
     ("step", "rank", "drawn"),
     [
-        (9, 0, [(False, train.SQUARE), (False, train.OTHER_SIZES)]),
-        (10, 0, [(False, train.OTHER_SIZES), *_EDITS]),
-        (11, 0, [(False, train.OTHER_SIZES), *_EDITS]),
-        (11, 1, [(False, train.SQUARE), *_EDITS]),
-        (12, 0, [(False, train.SQUARE), *_EDITS]),
-        (12, 1, [(False, train.OTHER_SIZES), *_EDITS]),
-        (20, 0, [(False, train.OTHER_SIZES), *_EDITS]),
-        (20, 1, [(False, train.SQUARE), *_EDITS]),
+        (9, 0, [train.PROMPTS, train.OTHER_SIZES]),
+        (10, 0, [train.PROMPTS, *_EDITS]),
+        (10, 1, [train.OTHER_SIZES, *_EDITS]),
+        (11, 0, [train.OTHER_SIZES, *_EDITS]),
+        (11, 1, [train.PROMPTS, *_EDITS]),
+        (20, 0, [train.PROMPTS, *_EDITS]),
+        (20, 1, [train.OTHER_SIZES, *_EDITS]),
     ],
 )
-def test_a_step_draws_the_sizes_of_its_phase(step: int, rank: int, drawn: list) -> None:
+def test_a_step_draws_the_kinds_of_its_phase(step: int, rank: int, drawn: list) -> None:
     phase = train.portions(step, rank, Namespace(edits_from=10, own_from=20))
-    assert [(portion.edit, portion.sizes) for portion in phase] == drawn
-    assert [portion.own for portion in phase] == [step == 20 and sizes != train.OTHER_SIZES for _, sizes in drawn]
+    assert [portion.kinds for portion in phase] == drawn
+    assert [portion.own for portion in phase] == [step == 20 and kinds != train.OTHER_SIZES for kinds in drawn]
 
 
-def test_portions_have_as_many_tokens() -> None:
-    for edit, sizes in ((False, train.SQUARE | train.OTHER_SIZES), (True, train.EDIT_SIZES)):
-        for width, height in sizes:
-            each = (1 + edit) * (width // 16) * (height // 16) + 32
-            assert train.TOKENS - each < train.samples(width, height, edit) * each <= train.TOKENS
+def test_kinds_have_their_shares_and_portions_as_many_tokens() -> None:
+    for kinds in (train.PROMPTS, train.OTHER_SIZES, *_EDITS):
+        assert sum(kinds.values()) == pytest.approx(1)
+        for kind in kinds:
+            width, height = kind.size
+            each = (1 + kind.edit) * (width // 16) * (height // 16) + kind.text
+            assert train.TOKENS - each < kind.samples * each <= train.TOKENS
+
+
+def test_one_portion_in_six_is_padded_as_pipelines_pad() -> None:
+    rng = Random(0)
+    for kind in train.SHARES:
+        lengths = [train.text_length(kind, rng) for _ in range(3000)]
+        assert {*lengths} == {kind.text, model.vocabulary.MAX_LENGTH}
+        if kind.text < 32:
+            assert lengths.count(32) == pytest.approx(500, rel=0.2)
+
+
+def test_as_many_rolls_are_kept_as_there_is_time_for() -> None:
+    """A save begins them anew, so that a run that goes on has the same."""
+    assert rollouts.KEPT * rollouts.EVERY == workers.SAVE_EVERY
+
+
+def test_edits_in_other_tokenizers_words_are_kept() -> None:
+    """To those of the bundled model "in this style" is eight tokens; a run may begin from it."""
+    denoiser, rng = model.Denoiser(resolve("shapes")), Random(6)
+    drawn = [data.training_sample(rng, edit=True).caption for _ in range(600)]
+    assert max(map(denoiser.length, drawn)) > 20
+    usual = [kind for kind in _kinds() if kind.size == train.USUAL]
+    assert all(sum(train.has_tokens(denoiser, kind, caption) for kind in usual) == 1 for caption in drawn)
+
+
+def test_short_and_long_edits_are_all_edits_as_they_come(
+    tokenizers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each belongs to one of the two, and a portion of each is the mixture; so no text is cut or needs more padding."""
+    denoiser, rng = model.Denoiser(tokenizers), Random(5)
+    short, long = (next(kind for kind in kinds if kind.size == train.USUAL) for kinds in _EDITS)
+    other = train.Kind(True, (48, 80), 32)
+    drawn = [data.training_sample(rng, edit=True).caption for _ in range(1000)]
+    among = {kind: [caption for caption in drawn if train.has_tokens(denoiser, kind, caption)] for kind in _kinds()}
+    assert sorted(among[short] + among[long]) == sorted(drawn)
+    assert among[other] == drawn
+    share = short.samples / (short.samples + long.samples)
+    assert len(among[short]) / 1000 == pytest.approx(share, abs=0.06)
+    monkeypatch.setattr(data, "CHUNK", 16)
+    encoder = Autoencoder(model.AUTOENCODER)
+    for kind in (short, long):
+        pool = data.Pool(tmp_path, encoder, True, 64, 64, 0, partial(train.has_tokens, denoiser, kind))
+        pool.grow(1)
+        captions = pool.batch(100, rng).captions
+        assert len({*captions} - {""}) > 10
+        assert all(ids.shape == (100, kind.text) for ids in denoiser.tokenize(captions, kind.text))
+        assert all(train.has_tokens(denoiser, kind, caption) for caption in captions if caption)
+
+
+def _kinds() -> list[train.Kind]:
+    return [kind for kinds in _EDITS for kind in kinds]
 
 
 @pytest.fixture
@@ -197,10 +250,10 @@ def test_late_places_on_own_paths_count_by_the_picture(
 
 def test_the_rate_falls_to_zero() -> None:
     def rate(step: int, first: int = 0, steps: int = 1500) -> float:
-        args = Namespace(steps=steps, edits_from=400, own_from=1000)
+        args = Namespace(steps=steps, own_from=1000)
         return train.learning_rate(step, first, args) / train.LEARNING_RATE
 
-    assert [rate(step) for step in (0, 99, 399, 400, 999)] == pytest.approx([0.005, 0.5, 0.5, 1, 1])
+    assert [rate(step) for step in (0, 49, 99, 999)] == pytest.approx([0.01, 0.5, 1, 1])
     assert [rate(step) for step in (1000, 1250, 1499)] == pytest.approx([1, 0.5, 0.002])
     assert [rate(step, first=1000) for step in (1000, 1250, 1499)] == pytest.approx([0.005, 0.25, 0.001])
     assert rate(400, steps=500) == pytest.approx(1)  # a run that is to go on later
@@ -291,6 +344,16 @@ def test_no_run_is_mistaken_for_another(
         return capsys.readouterr().err
 
     assert f"--steps is 49, but the run in {tmp_path} has come to step 50 already" in refused("--steps", "49")
+    for option, value, wanted in (
+        ("--start", str(tmp_path), "must be the folder of a pipeline that this command wrote"),
+        ("--start", "no/pipeline", "must be the folder of a pipeline that this command wrote"),
+        ("--device", "gpu", "must be cpu, or cuda where there is a GPU, got 'gpu'"),
+        *((option, "0", "must be at least 1") for option in ("--workers", "--steps", "--polish-steps")),
+    ):
+        assert wanted in refused(option, value)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "which", lambda name: None)
+        assert "--compile takes a C++ compiler" in refused("--compile")
     assert "--own-from must not come before --edits-from" in refused("--edits-from", "5", "--own-from", "4")
     assert "goes on at step 2000, so --steps must be more, got 9" in refused("--start", "shapes", "--steps", "9")
     (tmp_path / "autoencoder-raw.pt").touch()
@@ -351,7 +414,7 @@ def test_the_denoiser_goes_on_where_it_was_on_its_own_paths_too(
     monkeypatch.setattr(train, "average_gradients", lambda parameters: None)
     monkeypatch.setattr(plot, "curves", lambda run: None)  # two steps are too few to log
     monkeypatch.setattr(train, "TOKENS", 250)
-    own = [train.Portion(edit, train.SQUARE, 0.4, own=True) for edit in (False, True)]
+    own = [train.Portion(kinds, 0.4, own=True) for kinds in (train.PROMPTS, train.SHORT_EDITS)]
     monkeypatch.setattr(train, "portions", lambda step, rank, args: own)
     torch.manual_seed(0)
     encoder, t5 = Autoencoder(model.AUTOENCODER).state_dict(), model.Denoiser(tokenizers).t5.state_dict()
@@ -373,9 +436,9 @@ def test_the_denoiser_goes_on_where_it_was_on_its_own_paths_too(
     assert whole["step"] == resumed["step"] == 4
     assert all(torch.equal(tensor, resumed["model"][name]) for name, tensor in whole["model"].items())
     assert all(map(torch.equal, whole["average"], resumed["average"]))
-    assert len(rolled) == 2 * 2 * 2  # for prompts and edits, at steps 0 and 2 of each run
-    assert torch.equal(rolled[2], rolled[6])
-    assert not torch.equal(rolled[0], rolled[2])  # by the averaged weights as they are then
+    assert len(rolled) == 3 * 2 * 2  # for prompts, short and long edits, at steps 0 and 2 of each run
+    assert torch.equal(rolled[3], rolled[9])
+    assert not torch.equal(rolled[0], rolled[3])  # by the averaged weights as they are then
 
 
 def test_a_run_that_begins_from_a_pipeline_has_its_weights(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,17 +45,22 @@ def test_its_operations_are_those_of_the_definition(streams: int) -> None:
         torch.testing.assert_close(ours, definition, rtol=1e-9, atol=1e-9 * definition.abs().max().item())
 
 
+def test_its_gelu_is_the_definitions() -> None:
+    x = torch.cat((torch.linspace(-40, 40, 801), torch.tensor([0.0, -1e3, 1e4]))).double()[None, :, None]
+    x.requires_grad_()
+    layer = Streams([Linear(torch.ones(1, 1).double(), torch.zeros(1).double())])
+    found = [gelu(x, layer, 0) for gelu in (fast._linear_gelu, EAGER.linear_gelu)]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in found), rtol=1e-12, atol=1e-12)
+
+
 def test_what_is_compiled_is_what_training_meets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each other shape would be compiled in the middle of a run. The workers share it, and nothing is done twice."""
-    kinds = ((False, train.SQUARE | train.OTHER_SIZES), (True, train.EDIT_SIZES))
-    pools = [SimpleNamespace(edit=edit, size=size) for edit, sizes in kinds for size in sizes]
     denoiser, _ = model.load_pipeline(resolve("shapes"))
     met = set()
-    for edit, sizes in kinds:
-        for width, height in sizes:
-            n, tokens = train.samples(width, height, edit), width * height // 256 * (1 + edit)
-            lengths = (train.SHORT[edit], 32) if (width, height) == train.USUAL else (32,)
-            met |= {(n, tokens, length) for length in lengths}
+    for kind in train.SHARES:
+        targets = kind.size[0] * kind.size[1] // 256
+        met |= {(kind.samples, targets * (1 + kind.edit), targets, length) for length in (kind.text, 32)}
 
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
@@ -65,13 +69,13 @@ def test_what_is_compiled_is_what_training_meets(monkeypatch: pytest.MonkeyPatch
         turns: list[set | None] = [set()]
 
         def predict(img: Tensor, txt: Tensor, *rest: Tensor, turns: list = turns) -> Tensor:
-            shape = (*img.shape[:2], txt.shape[1])
+            shape = (*img.shape[:2], int((rest[-1][:, 0] == 0).sum()), txt.shape[1])
             assert all(shape not in turn for turn in turns)
             turns[-1].add(shape)
             return img * txt.mean()  # has a gradient
 
         monkeypatch.setattr(distributed, "barrier", lambda turns=turns: turns.append(set()))
-        train.compile_together(rank, denoiser, predict, pools)
+        train.compile_together(rank, denoiser, predict)
         assert all(p.grad is None for p in denoiser.parameters())
         first[rank], second, after = turns
         assert first[rank] | second == met

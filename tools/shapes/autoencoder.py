@@ -114,7 +114,7 @@ def train(
             group["lr"] = peak * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         picture = _pictures(rng).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            mean, _ = model.encode_moments(picture)
+            mean, _ = model.encoder(picture).chunk(2, 1)  # `encode_moments` would polish from pictures one by one
             strength = most_noise * torch.rand(len(mean), 1, 1, 1, generator=noise).to(device)
             spread = strength * mean.detach().float().std((0, 2, 3), keepdim=True)
             raw = mean + spread * torch.randn(mean.shape, generator=noise).to(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -80,10 +80,20 @@ class Pool:
         edit: edits, with the latents of the reference beside those of the target.
         width, height: of the pictures, in pixels.
         seed: decides the samples, together with kind, size and a chunk's number.
+        fits: which instructions may be among its edits; the captions of pictures are worded when they are used.
     """
 
-    def __init__(self, folder: Path, autoencoder: Autoencoder, edit: bool, width: int, height: int, seed: int) -> None:
-        self.folder, self.autoencoder, self.edit, self.seed = folder, autoencoder, edit, seed
+    def __init__(
+        self,
+        folder: Path,
+        autoencoder: Autoencoder,
+        edit: bool,
+        width: int,
+        height: int,
+        seed: int,
+        fits: Callable[[str], bool] = lambda caption: True,
+    ) -> None:
+        self.folder, self.autoencoder, self.edit, self.seed, self.fits = folder, autoencoder, edit, seed, fits
         self.size = width, height
         self.samples: list[captions.Sample] = []
         self.latents: list[Tensor] = []  # chunks of [CHUNK, 1 or 2, L, 64]
@@ -95,7 +105,7 @@ class Pool:
         for number in range(len(self.latents), chunks):
             kind = "edit" if self.edit else "text"
             rng = Random(f"{self.seed} {kind} {self.size} {number}")
-            samples = [training_sample(rng, self.edit) for _ in range(CHUNK)]
+            samples = [self._sample(rng) for _ in range(CHUNK)]
             scenes = [s.scene for s in samples] + [s.before for s in samples if s.before]
             digest = hashlib.sha256(repr((self.encoder, scenes)).encode()).hexdigest()[:16]
             path = self.folder / f"{kind}-{self.size[0]}x{self.size[1]}-{digest}.pt"
@@ -106,6 +116,12 @@ class Pool:
                 save(latents, path)
             self.samples += samples
             self.latents.append(torch.load(path))
+
+    def _sample(self, rng: Random) -> captions.Sample:
+        while True:
+            sample = training_sample(rng, self.edit)
+            if not self.edit or self.fits(sample.caption):
+                return sample
 
     def _encode(self, scenes: list[Scene]) -> Tensor:
         # Not under no_grad, in which the autoencoder would take its pictures one by one.

@@ -5,6 +5,7 @@ Compiling the whole graph takes minutes for each shape of a batch; a block takes
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from fluxkiln.kernels import EAGER
 from fluxkiln.kernels.formats import Quant
-from fluxkiln.kernels.layers import Projection
+from fluxkiln.kernels.layers import Linear, Projection, Streams, by_stream
 from fluxkiln.kernels.qkv_rope import rms_norm
-from fluxkiln.transformer import Network, Transformer
+from fluxkiln.transformer import Network, SingleBlock, Transformer
 
 from .model import TRANSFORMER, Denoiser
 
@@ -44,19 +45,59 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, out: Quant | None = None) -> Ten
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
-_OPS = replace(EAGER, qkv_rope=_qkv_rope, attention=_attention)
+def _linear_gelu(x: Tensor, layer: Streams, split: int, out: Quant | None = None) -> Tensor:
+    """gelu's tanh as a sigmoid, which is an exponential: compiled, twice as fast."""
+
+    def run(x: Tensor, linear: Linear) -> Tensor:
+        y = linear(x)
+        wide = y.to(torch.promote_types(y.dtype, torch.float32))
+        return (wide * torch.sigmoid(_GELU * (wide + 0.044715 * wide**3))).to(y.dtype)
+
+    return by_stream(run, x, split, layer)
 
 
-class _Compiled(Transformer):
-    double_block = torch.compile(Transformer.double_block, dynamic=False)
-    single_block = torch.compile(Transformer.single_block, dynamic=False)
+_GELU = 2 * (2 / math.pi) ** 0.5
+_OPS = replace(EAGER, qkv_rope=_qkv_rope, attention=_attention, linear_gelu=_linear_gelu)
+
+
+class _Picture(Transformer):
+    """`wanted` of the joint sequence are all that is asked for: the last block makes no other token.
+
+    They are a third to two thirds, as text and references are as long as small pictures.
+    """
+
+    wanted: slice
+
+    def single_block(self, block: SingleBlock, x: Tensor, mods: Tensor, rope: Tensor) -> Tensor:
+        if block is not self.single_blocks[-1]:
+            return self.whole_block(block, x, mods, rope)
+        made = self.last_block(block, x, mods, rope)
+        return torch.cat((x[:, : self.wanted.start], made, x[:, self.wanted.stop :]), 1)
+
+    def whole_block(self, block: SingleBlock, x: Tensor, mods: Tensor, rope: Tensor) -> Tensor:
+        return Transformer.single_block(self, block, x, mods, rope)
+
+    def last_block(self, block: SingleBlock, x: Tensor, mods: Tensor, rope: Tensor) -> Tensor:
+        ops, wanted = self.ops, self.wanted
+        shift, scale, gate = mods.unbind(1)
+        h = ops.norm_modulate(x, shift, scale, 0)
+        q, k, v = ops.qkv_rope(h, block.qkv, rope, 0)
+        o = ops.attention(q[:, wanted], k, v)
+        h = ops.linear_gelu(h[:, wanted], block.mlp_in, 0)
+        return ops.linear_gate_residual((o, h), block.out, gate, x[:, wanted], 0)
+
+
+class _Compiled(_Picture):
+    double_block = torch.compile(_Picture.double_block, dynamic=False)
+    whole_block = torch.compile(_Picture.whole_block, dynamic=False)
+    last_block = torch.compile(_Picture.last_block, dynamic=False)
 
 
 class Fast:
-    """What `model` predicts, in bf16; called as a `Denoiser`."""
+    """What `model` predicts, in bf16; called as a `Denoiser`. What it says of references means nothing."""
 
     def __init__(self, model: Denoiser, compiled: bool = False) -> None:
-        self.model, self.transformer = model, _Compiled if compiled else Transformer
+        self.model, self.transformer = model, _Compiled if compiled else _Picture
 
     def __call__(
         self, img: Tensor, txt: Tensor, pooled: Tensor, timestep: Tensor, guidance: Tensor, img_ids: Tensor
@@ -68,4 +109,6 @@ class Fast:
         rope = exact.rope(img_ids.new_zeros(txt.shape[1], 3), img_ids)
         with torch.autocast(img.device.type, enabled=False):
             graph = self.transformer(TRANSFORMER, {name: tensor.bfloat16() for name, tensor in native.items()}, _OPS)
+            targets = int((img_ids[:, 0] == 0).sum())
+            graph.wanted = slice(txt.shape[1], txt.shape[1] + targets)
             return graph.step(img.bfloat16(), txt.bfloat16(), mods.bfloat16(), rope)

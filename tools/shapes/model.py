@@ -106,6 +106,10 @@ class Denoiser(nn.Module):
         clip, t5 = (ids[:, :length] if (ids[:, length:] == padding).all() else ids for ids, padding in found)
         return clip, t5
 
+    def length(self, caption: str) -> int:
+        """Tokens of a caption, by whichever tokenizer makes more of it; both count how it begins or ends."""
+        return max(len(tokenizer(caption).input_ids) for tokenizer in (self.clip_tokenizer, self.t5_tokenizer))
+
     def encode(self, captions: Sequence[str], length: int = vocabulary.MAX_LENGTH) -> tuple[Tensor, Tensor]:
         """Text sequence `[B, L, 128]` and pooled text `[B, 128]`; as in FLUX.1, padding is not masked."""
         clip_ids, t5_ids = (ids.to(self.t5.device) for ids in self.tokenize(captions, length))

@@ -153,8 +153,9 @@ def train(
         rng = Random(f"{seed} reading {step} {rank}")
         samples = [training_sample(rng, edit=i % 2 == 1) for i in range(BATCH)]
         optimizer.zero_grad()
+        _, ids = model.tokenize([s.caption for s in samples])
         with torch.autocast(device.type, torch.bfloat16):
-            answers = reader(model.encode([s.caption for s in samples])[0])
+            answers = reader(model.t5(ids.to(device)).last_hidden_state)
         loss, right = loss_and_right([a.float() for a in answers], samples)
         loss.backward()
         average_gradients(parameters)

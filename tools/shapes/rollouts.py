@@ -17,10 +17,11 @@ from torch import Tensor
 from .data import Batch, Pool
 from .model import Denoiser, path, velocity
 
-SAMPLES, STEPS = 48, (8, 16)  # of a roll: paths, and the least and most steps of one
+SAMPLES, STEPS = 32, (8, 16)  # of a roll: paths, and the least and most steps of one
 KEPT = 4  # rolls that are drawn from
-# Steps of training from one to the next, prompts and edits: places are drawn about once and twice.
-EVERY = {False: 80, True: 40}
+EVERY = (
+    50  # steps of training from one to the next: places of prompts are drawn about once, of edits two to three times
+)
 
 
 class Roll(NamedTuple):

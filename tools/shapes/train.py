@@ -18,7 +18,7 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -29,6 +29,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxkiln.autoencoder import Autoencoder
+from fluxkiln.cli import at_least_one
+from fluxkiln.hub import BUNDLED, resolve
 
 from . import autoencoder as ae
 from . import plot, reading, rollouts, workers
@@ -40,27 +42,60 @@ from .rollouts import Rollouts
 from .vocabulary import MAX_LENGTH
 from .workers import average_gradients
 
+TOKENS = 1_536  # of a portion, text included: at 64 px 38 prompts, 37 short or 29 long edits
+FULL = 1 / 6  # of the portions at 64 px have all 32 tokens of text, as pipelines pad
+
+
+class Kind(NamedTuple):
+    """Samples of one shape: prompts or edits, (width, height) of the pictures, and the tokens of text that nearly all
+    fit in."""
+
+    edit: bool
+    size: tuple[int, int]
+    text: int
+
+    @property
+    def pictures(self) -> int:
+        """Tokens of a sample's pictures."""
+        return self.size[0] * self.size[1] // 256 * (1 + self.edit)
+
+    @property
+    def samples(self) -> int:
+        """How many make a portion."""
+        return TOKENS // (self.pictures + self.text)
+
+
+# What a portion may be, and how often. Things are as large as the shorter side says: where it is not 64, all has to be
+# drawn anew.
 USUAL = (PICTURE, PICTURE)
-# Shares of sizes, (width, height).
-SQUARE = {USUAL: 1.0}
-# Things are as large as the shorter side says: where it is not 64, all has to be drawn anew.
-OTHER_SIZES = {(96, 96): 0.32, (128, 128): 0.28, (96, 128): 0.08, (128, 96): 0.08}
-OTHER_SIZES |= {(64, 128): 0.05, (128, 64): 0.05, (64, 96): 0.07, (96, 64): 0.07}
+PROMPTS = {Kind(False, USUAL, 24): 1.0}
+OTHER_SIZES = {
+    Kind(False, size, MAX_LENGTH): share
+    for share, *sizes in (
+        (0.32, (96, 96)),
+        (0.28, (128, 128)),
+        (0.08, (96, 128), (128, 96)),
+        (0.05, (64, 128), (128, 64)),
+        (0.07, (64, 96), (96, 64)),
+    )
+    for size in sizes
+}
 # Kontext is shown a reference at one of its own sizes: scaled down to 64 px, these are those it can come to.
-EDIT_SIZES = {USUAL: 0.9, (48, 80): 0.025, (80, 48): 0.025, (48, 96): 0.025, (96, 48): 0.025}
-TOKENS = 1_792  # of a portion, text included: 37 prompts or 28 edits of 64 px
-SHORT = {False: 24, True: 20}  # text of prompts and edits of 64 px, where all captions are that short
+_OTHER_EDITS = {Kind(True, size, MAX_LENGTH): 0.025 for size in ((48, 80), (80, 48), (48, 96), (96, 48))}
+# Four in seven edits have at most 9 tokens of text, so that a portion of each are the edits as they come.
+SHORT_EDITS = {Kind(True, USUAL, 9): 0.9} | _OTHER_EDITS
+LONG_EDITS = {Kind(True, USUAL, 20): 0.9} | _OTHER_EDITS
+SHARES = PROMPTS | OTHER_SIZES | SHORT_EDITS | LONG_EDITS
 LEARNING_RATE, WARMUP = 4e-3, 100
 # Chunks of 256 at the start, and steps between one more: drawing and encoding one takes as long as two steps.
-FIRST_CHUNKS, GROW_EVERY = 14, {False: 80, True: 40}
+FIRST_CHUNKS, GROW_EVERY = 10, 100
 
 
 class Portion(NamedTuple):
-    """Samples of one kind in a step: shares of sizes, one of which is drawn, whether half of the samples of 64 px lie
+    """Samples of one kind in a step: shares of kinds, one of which is drawn, whether half of the samples of 64 px lie
     on the model's own paths, and of the others the share of times above 0.8."""
 
-    edit: bool
-    sizes: Mapping[tuple[int, int], float]
+    kinds: Mapping[Kind, float]
     early: float
     own: bool = False
 
@@ -69,20 +104,30 @@ def portions(step: int, rank: int, args: argparse.Namespace) -> list[Portion]:
     """What a step is made of. What lies where is learned all at once, from enough of it in each step, or not at all.
 
     So it comes first, for all sizes together, mostly at times where it is decided: a size that is met later has to be
-    learned anew. Edits take longest, so then most tokens are theirs; of the prompts, whose turn it is differs between
-    the workers, two in three are of other sizes, which have more to learn. As soon as it can draw, the model is shown
-    its own errors, see `rollouts`.
+    learned anew. Edits take longest, so then most tokens are theirs; of the prompts half are of other sizes, and whose
+    turn it is differs between the workers. As soon as it can draw, the model is shown its own errors, see `rollouts`.
     """
     if step < args.edits_from:
-        return [Portion(False, SQUARE, 0.8), Portion(False, OTHER_SIZES, 0.8)]
+        return [Portion(PROMPTS, 0.8), Portion(OTHER_SIZES, 0.8)]
     own = step >= args.own_from
-    prompts = Portion(False, SQUARE, 0.6, own) if (step + rank) % 3 == 0 else Portion(False, OTHER_SIZES, 0.65)
-    return [prompts, *[Portion(True, EDIT_SIZES, 0.6, own)] * 2]
+    prompts = Portion(PROMPTS, 0.6, own) if (step + rank) % 2 == 0 else Portion(OTHER_SIZES, 0.65)
+    return [prompts, Portion(SHORT_EDITS, 0.6, own), Portion(LONG_EDITS, 0.6, own)]
 
 
-def samples(width: int, height: int, edit: bool) -> int:
-    """How many there are in a portion."""
-    return TOKENS // (width * height // 256 * (1 + edit) + MAX_LENGTH)
+def has_tokens(model: Denoiser, kind: Kind, instruction: str) -> bool:
+    """Whether an edit is of that kind; the longest takes whatever the others do not.
+
+    A run that begins from a pipeline has its tokenizers, to which a word may be new and many tokens.
+    """
+    others = {other.text for other in SHARES if other.edit and other.size == USUAL}
+    least = max((text for text in others if text < kind.text), default=0)
+    most = kind.text if kind.text < max(others) else MAX_LENGTH
+    return kind.size != USUAL or least < model.length(instruction) <= most
+
+
+def text_length(kind: Kind, rng: Random) -> int:
+    """Tokens of a portion's text, mostly no more than it takes: padding is looked at like words, and costs as much."""
+    return MAX_LENGTH if rng.random() < FULL else kind.text
 
 
 def times(n: int, noise: torch.Generator, early: float) -> Tensor:
@@ -149,29 +194,27 @@ def velocity_loss(
     return (places.weight.to(device) * (found.float() - wanted).square().mean((1, 2))).mean()
 
 
-def compile_together(rank: int, model: Denoiser, predict: Callable[..., Tensor], pools: Iterable[Pool]) -> None:
-    """Compile what the pools take, each worker its share first: what the others have compiled, it finds on disk."""
-    places: dict[tuple[int, int, int], tuple[Places, int]] = {}  # by batch, tokens of pictures and of text
-    for pool in pools:
-        n = samples(*pool.size, pool.edit)
-        size = pool.size[0] * pool.size[1] // 256
-        reference = torch.zeros(n, size, 64) if pool.edit else None
-        batch = Batch(pool.size, [""] * n, torch.zeros(n, size, 64), reference, torch.ones(n))
-        for length in (SHORT[pool.edit], MAX_LENGTH) if pool.size == USUAL else (MAX_LENGTH,):
-            places[n, size * (1 + pool.edit), length] = straight(batch, 0.0, torch.Generator()), length
+def compile_together(rank: int, model: Denoiser, predict: Callable[..., Tensor]) -> None:
+    """Compile all that a step can meet, each worker its share first: what others have compiled, it finds on disk."""
+    places: dict[tuple[int, ...], tuple[Places, int]] = {}  # by batch, tokens of a picture and of text, and edit or not
+    for kind in SHARES:
+        n, size = kind.samples, kind.size[0] * kind.size[1] // 256
+        reference = torch.zeros(n, size, 64) if kind.edit else None
+        batch = Batch(kind.size, [""] * n, torch.zeros(n, size, 64), reference, torch.ones(n))
+        for length in (kind.text, MAX_LENGTH):
+            places[n, size, length, kind.edit] = straight(batch, 0.0, torch.Generator()), length
     every, world = list(places.values()), distributed.get_world_size()
     torch._dynamo.config.recompile_limit = max(8, len(every))  # beyond it, the rest would run as it is, without a word
     for turn in range(world):
-        for some, length in every[(rank + turn) % world :: world]:
-            velocity_loss(model, predict, some, length, torch.Generator()).backward()
+        for one, length in every[(rank + turn) % world :: world]:
+            velocity_loss(model, predict, one, length, torch.Generator()).backward()
         distributed.barrier()
     model.zero_grad()
 
 
 def learning_rate(step: int, first: int, args: argparse.Namespace) -> float:
-    """A warm-up, constant until `own_from`, then linear to zero; half while there are prompts alone, and where a run
-    begins from a pipeline."""
-    full = LEARNING_RATE / 2 if first or step < args.edits_from else LEARNING_RATE
+    """A warm-up, constant until `own_from`, then linear to zero; half where a run begins from a pipeline."""
+    full = LEARNING_RATE / 2 if first else LEARNING_RATE
     return full * min(1.0, (step - first + 1) / WARMUP, (args.steps - step) / max(args.steps - args.own_from, 1))
 
 
@@ -194,46 +237,38 @@ def train_denoiser(rank: int, args: argparse.Namespace) -> None:
     else:
         model.t5.load_state_dict(torch.load(run / "t5.pt"))
     autoencoder = load_autoencoder(run / "autoencoder.pt").to(args.device)
-    pools = {
-        (edit, *size): Pool(run / "latents", autoencoder, edit, *size, seed=args.seed * 100 + rank)
-        for edit, sizes in ((False, [USUAL, *OTHER_SIZES]), (True, EDIT_SIZES))
-        for size in sizes
-    }
+    pools = {}
+    for kind in SHARES:
+        fits = partial(has_tokens, model, kind)
+        pools[kind] = Pool(run / "latents", autoencoder, kind.edit, *kind.size, seed=args.seed * 100 + rank, fits=fits)
     began, total, logged = time.time(), 0.0, start
     if args.compile:
-        compile_together(rank, model, predict, pools.values())
+        compile_together(rank, model, predict)
     for step in range(start, args.steps):
-        for pool in pools.values():
-            since = step - max(first, args.edits_from if pool.edit else 0)
-            if since < 0:
-                continue
-            chunks = FIRST_CHUNKS + since / GROW_EVERY[pool.edit]
-            if pool.size != USUAL:
-                chunks = 2 + chunks * (EDIT_SIZES if pool.edit else OTHER_SIZES)[pool.size]
-            pool.grow(int(chunks))
+        for kind, pool in pools.items():
+            since = step - max(first, args.edits_from if kind.edit else 0)
+            if since >= 0:
+                pool.grow(int(2 + (FIRST_CHUNKS + since / GROW_EVERY) * SHARES[kind]))
         rng = Random(f"{args.seed} {step} {rank}")
         noise = torch.Generator().manual_seed(rng.getrandbits(62))
         optimizer.zero_grad()
         phase = portions(step, rank, args)
         if step == start or step % workers.SAVE_EVERY == 0:
-            drawn = {edit: Rollouts(pools[edit, *USUAL]) for edit in (False, True)}  # as a run that goes on has them
-        for edit, paths in drawn.items() if any(portion.own for portion in phase) else ():
-            if not paths.rolls or step % rollouts.EVERY[edit] == 0:  # in all workers at once: none waits for another
+            # As a run that goes on has them.
+            drawn = {kind: Rollouts(pool) for kind, pool in pools.items() if kind.size == USUAL}
+        for paths in drawn.values() if any(portion.own for portion in phase) else ():
+            if not paths.rolls or step % rollouts.EVERY == 0:  # in all workers at once: none waits for another
                 paths.roll(averaged, Fast(averaged), rng)
         work = []
         for portion in phase:
-            size = rng.choices(list(portion.sizes), list(portion.sizes.values()))[0]
-            n = samples(*size, portion.edit)
-            own_paths = n // 2 if portion.own and size == USUAL else 0
-            places = straight(pools[portion.edit, *size].batch(n - own_paths, rng), portion.early, noise)
+            kind = rng.choices(list(portion.kinds), list(portion.kinds.values()))[0]
+            own_paths = kind.samples // 2 if portion.own and kind in drawn else 0
+            places = straight(pools[kind].batch(kind.samples - own_paths, rng), portion.early, noise)
             if own_paths:
-                places = joined(places, own(drawn[portion.edit], own_paths, rng))
-            work.append(places)
-        total_samples = sum(len(places.t) for places in work)
-        for places in work:
-            # Pipelines pad to all 32, but over a third of the tokens would be padding.
-            short = torch.rand((), generator=noise).item() < 3 / 4 and places.batch.size == USUAL
-            length = SHORT[places.batch.reference is not None] if short else MAX_LENGTH
+                places = joined(places, own(drawn[kind], own_paths, rng))
+            work.append((places, text_length(kind, rng)))
+        total_samples = sum(len(places.t) for places, _ in work)
+        for places, length in work:
             loss = velocity_loss(model, predict, places, length, noise) * len(places.t) / total_samples
             loss.backward()
             total += loss.item()
@@ -307,11 +342,27 @@ def begin_from(pipeline: Path, run: Path, step: int) -> None:
     workers.save({**weights, "optimizer": optimizer, "step": step, "first": step}, run / "denoiser.pt")
 
 
+def device(name: str) -> torch.device:
+    """An argument that names a device that there is."""
+    found = torch.device(name if name in ("cpu", "cuda") else "meta")
+    if found.type == "meta" or (found.type == "cuda" and not torch.cuda.is_available()):
+        raise argparse.ArgumentTypeError(f"must be cpu, or cuda where there is a GPU, got {name!r}")
+    return found
+
+
+def pipeline(name: str) -> Path:
+    """An argument that names a folder that `save_pipeline` wrote, or a bundled one."""
+    folder = resolve(name) if name in BUNDLED else Path(name)
+    if not all((folder / part).is_dir() for part in ("tokenizer", "tokenizer_2", "transformer", "vae")):
+        raise argparse.ArgumentTypeError(f"must be the folder of a pipeline that this command wrote, got {name!r}")
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled shapes model.")
     parser.add_argument("--run", type=Path, required=True, help="working folder: checkpoints, latents, log, loss plot")
     parser.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
-    parser.add_argument("--steps", type=int, default=6_600, help="steps of the denoiser")
+    parser.add_argument("--steps", type=at_least_one, default=6_600, help="steps of the denoiser")
     parser.add_argument("--edits-from", type=int, default=1_400, help="until this step, prompts alone, mostly noise")
     parser.add_argument(
         "--own-from",
@@ -319,15 +370,19 @@ def main() -> None:
         default=2_000,
         help="from then on, the model's own paths too, and the learning rate falls to 0",
     )
-    parser.add_argument("--start", type=Path, help="pipeline that this command wrote: begin there, at --own-from")
-    parser.add_argument("--autoencoder-steps", type=int, default=5_000)
-    parser.add_argument("--polish-steps", type=int, default=8_000, help="of the decoder alone, on whitened latents")
-    parser.add_argument("--reading-steps", type=int, default=500)
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 1 for a GPU")
+    parser.add_argument("--start", type=pipeline, help="pipeline that this command wrote: begin there, at --own-from")
+    parser.add_argument("--autoencoder-steps", type=at_least_one, default=5_000)
+    parser.add_argument(
+        "--polish-steps", type=at_least_one, default=8_000, help="of the decoder alone, on whitened latents"
+    )
+    parser.add_argument("--reading-steps", type=at_least_one, default=500)
+    parser.add_argument("--workers", type=at_least_one, default=2, help="processes of one thread each; 1 for a GPU")
     parser.add_argument("--compile", action="store_true", help="a faster transformer; takes a C++ compiler")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda (default: cpu)")
+    parser.add_argument("--device", type=device, default=torch.device("cpu"), help="cpu, cuda (default: cpu)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.compile and shutil.which("g++") is None and args.device.type == "cpu":
+        parser.error("--compile takes a C++ compiler, and there is no g++")
     if args.edits_from > args.own_from:
         parser.error("--own-from must not come before --edits-from")
     if args.start is not None and args.steps <= args.own_from:
