@@ -8,6 +8,7 @@ import pytest
 import torch
 from shapes import fast, model, train
 from torch import Tensor, distributed
+from torch._dynamo.testing import CompileCounter
 
 from fluxkiln.hub import resolve
 from fluxkiln.kernels import EAGER
@@ -83,6 +84,31 @@ def test_what_is_compiled_is_what_training_meets(monkeypatch: pytest.MonkeyPatch
         assert torch._dynamo.config.recompile_limit >= len(met)
     assert not first[0] & first[1]
     assert abs(len(first[0]) - len(first[1])) <= 1
+
+
+def test_each_shape_is_compiled_once() -> None:
+    """Each kind of block for each shape, and none of them again in the next step."""
+    counter = CompileCounter()
+
+    class Counted(fast._Picture):
+        double_block = torch.compile(fast._Picture.double_block, backend=counter, dynamic=False)
+        whole_block = torch.compile(fast._Picture.whole_block, backend=counter, dynamic=False)
+        last_block = torch.compile(fast._Picture.last_block, backend=counter, dynamic=False)
+
+    denoiser, _ = model.load_pipeline(resolve("shapes"))
+    predict = fast.Fast(denoiser)
+    predict.transformer = Counted
+    text = torch.randn(2, 9, 128), torch.randn(2, 128)
+    torch._dynamo.reset()
+    for _ in range(3):
+        # As many tokens in all, of which another share is to be made: the last block alone is another one.
+        for targets, references in ((16, None), (8, 8)):
+            img = torch.randn(2, targets, 64)
+            size = (16 * targets, 16)
+            reference = None if references is None else torch.randn(2, references, 64)
+            model.velocity(predict, img, reference, size, *text, torch.rand(2), torch.ones(2)).mean().backward()
+        assert counter.frame_count == 3 + 1
+    torch._dynamo.reset()
 
 
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile takes a C++ compiler")

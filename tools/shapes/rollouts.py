@@ -19,9 +19,8 @@ from .model import Denoiser, path, velocity
 
 SAMPLES, STEPS = 32, (8, 16)  # of a roll: paths, and the least and most steps of one
 KEPT = 4  # rolls that are drawn from
-EVERY = (
-    50  # steps of training from one to the next: places of prompts are drawn about once, of edits two to three times
-)
+# Steps of training from one to the next: places of prompts are drawn about once, of edits three times.
+EVERY = 50
 
 
 class Roll(NamedTuple):
