@@ -55,6 +55,7 @@ def test_its_gelu_is_the_definitions() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in found), rtol=1e-12, atol=1e-12)
 
 
+@torch._dynamo.config.patch(recompile_limit=8)  # a monkeypatch of it would leave none
 def test_what_is_compiled_is_what_training_meets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each other shape would be compiled in the middle of a run. The workers share it, and nothing is done twice."""
     denoiser, _ = model.load_pipeline(resolve("shapes"))
@@ -64,7 +65,6 @@ def test_what_is_compiled_is_what_training_meets(monkeypatch: pytest.MonkeyPatch
         met |= {(kind.samples, targets * (1 + kind.edit), targets, length) for length in (kind.text, 32)}
 
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     first = {}
     for rank in range(2):
         turns: list[set | None] = [set()]
