@@ -194,6 +194,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from fluxkiln.bench.suite import load
 
+    if args.suite is not None and args.sheet is None:
+        raise ValueError("--suite says what a --sheet shows: give both")
     extra = {"lpips": learned.lpips(args.lpips)} if args.lpips else None
     pictures = shared(args.a, args.b, *([args.floor] if args.floor else []))
     if args.floor:

@@ -61,7 +61,7 @@ class Found:
 
 
 def reduced(pixels: Pixels) -> Pixels:
-    """A picture of more than twice as many pixels as it takes, made smaller by means of squares.
+    """A picture of at least twice as many pixels a side as it takes, made smaller: each square by its mean.
 
     What is measured takes time by the pixel, and regions by their length as well: at FLUX.1's own size, half a minute.
     """

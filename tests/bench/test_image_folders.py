@@ -47,28 +47,32 @@ def test_compare_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "single-0: the pictures have different sizes, 64 x 64 and 16 x 32" in capsys.readouterr().err
 
 
-def test_a_sheet_of_two_folders_shows_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("items", [ITEMS, TURNS])
+def test_a_sheet_of_two_folders_shows_what_was_asked_for(
+    tmp_path: Path, items: list[suite.Item], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With the suite: the instruction, and the picture that was to be edited."""
     folders = [str(tmp_path / name) for name in "ab"]
     for folder in folders:
-        image.make(Painter(), ITEMS, Path(folder), image.Settings(steps=4), progress=False)
+        image.make(Painter(), items, Path(folder), image.Settings(steps=4), progress=False)
     shown: list[tuple[str, list[Image.Image]]] = []
     monkeypatch.setattr(
         fidelity, "contact_sheet", lambda rows: shown.extend((c, [*p]) for c, p in rows) or Image.new("RGB", (8, 8))
     )
-    sheet = ["--sheet", str(tmp_path / "s.png")]
+    sheet, more = ["--sheet", str(tmp_path / "s.png")], ["--suite", str(suite_file(tmp_path, items))]
+    assert main([*BENCH, "compare", *folders, *more]) == 1
+    assert "--suite says what a --sheet shows: give both" in capsys.readouterr().err
     assert main([*BENCH, "compare", *folders, *sheet]) == 0
     assert {len(row) for _, row in shown} == {2}
     shown.clear()
-    assert main([*BENCH, "compare", *folders, *sheet, "--suite", str(suite_file(tmp_path, ITEMS))]) == 0
+    assert main([*BENCH, "compare", *folders, *sheet, *more]) == 0
     by_prompt = {caption.removesuffix(": a | b"): row for caption, row in shown}
-    assert by_prompt.keys() == {item.prompt for item in ITEMS}
-    for item in ITEMS:
+    assert by_prompt.keys() == {item.prompt for item in items}
+    for item in items:
         *before, _, _ = by_prompt[item.prompt]
-        source = item.source(made=tmp_path / "a")
-        assert [np.asarray(picture).tolist() for picture in before] == (
-            [] if source is None else [np.asarray(source).tolist()]
-        )
+        source = item.source(made=tmp_path / "a" / "images")
+        wanted = [] if source is None else [np.asarray(source).tolist()]
+        assert [np.asarray(picture).tolist() for picture in before] == wanted
 
 
 def test_what_was_judged_outlives_a_comparison_that_fails(

@@ -10,6 +10,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import ndimage
 from shapes import captions
 
@@ -215,6 +216,16 @@ def test_large_pictures_are_judged_as_small_ones(kind: str) -> None:
         misses = _near_misses(rng, kind, sample)
         wrong = rng.choice([name for name in misses if "size" not in name])
         assert not _accepts(sample, _pixels(misses[wrong], width, height)), wrong
+
+
+@pytest.mark.parametrize(("width", "height", "factor"), [(512, 513, 4), (400, 300, 2), (300, 255, 1)])
+def test_they_are_made_smaller_as_pillow_does(width: int, height: int, factor: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    kept = noise[: height // factor * factor]
+    expected = np.asarray(Image.fromarray(kept).reduce(factor)).astype(int)
+    found = shapes_measure.reduced(noise)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1  # a half is rounded to even here
 
 
 @pytest.mark.parametrize("kind", KINDS)

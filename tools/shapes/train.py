@@ -343,11 +343,11 @@ def begin_from(pipeline: Path, run: Path, step: int) -> None:
 
 
 def device(name: str) -> torch.device:
-    """An argument that names a device that there is."""
-    found = torch.device(name if name in ("cpu", "cuda") else "meta")
-    if found.type == "meta" or (found.type == "cuda" and not torch.cuda.is_available()):
+    """An argument that names a device that there is, such as cuda:0."""
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         raise argparse.ArgumentTypeError(f"must be cpu, or cuda where there is a GPU, got {name!r}")
-    return found
+    return torch.device(name)
 
 
 def pipeline(name: str) -> Path:
