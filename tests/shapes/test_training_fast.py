@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from shapes import fast, model, train
+from shapes import fast, model, portions
+from shapes.denoiser import compile_together
 from torch import Tensor, distributed
 from torch._dynamo.testing import CompileCounter
 
@@ -60,7 +61,7 @@ def test_what_is_compiled_is_what_training_meets(monkeypatch: pytest.MonkeyPatch
     """Each other shape would be compiled in the middle of a run. The workers share it, and nothing is done twice."""
     denoiser, _ = model.load_pipeline(resolve("shapes"))
     met = set()
-    for kind in train.SHARES:
+    for kind in portions.SHARES:
         targets = kind.size[0] * kind.size[1] // 256
         met |= {(kind.samples, targets * (1 + kind.edit), targets, length) for length in (kind.text, 32)}
 
@@ -76,7 +77,7 @@ def test_what_is_compiled_is_what_training_meets(monkeypatch: pytest.MonkeyPatch
             return img * txt.mean()  # has a gradient
 
         monkeypatch.setattr(distributed, "barrier", lambda turns=turns: turns.append(set()))
-        train.compile_together(rank, denoiser, predict)
+        compile_together(rank, denoiser, predict)
         assert all(p.grad is None for p in denoiser.parameters())
         first[rank], second, after = turns
         assert first[rank] | second == met

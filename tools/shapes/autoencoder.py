@@ -165,3 +165,9 @@ def whiten(model: Autoencoder, rng: Random, pictures: int = 1024) -> None:
     offset = mean - config.shift_factor / gain  # old = new / gain + offset
     into.bias += torch.einsum("oikl,i->o", into.weight, offset)
     into.weight /= gain[None, :, None, None]
+
+
+def load(path: Path) -> Autoencoder:
+    model = Autoencoder(AUTOENCODER)
+    model.load_state_dict(torch.load(path, map_location="cpu"))
+    return model.eval()

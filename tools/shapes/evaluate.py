@@ -22,10 +22,10 @@ from fluxkiln.bench import image, scoring
 from fluxkiln.bench.fidelity import contact_sheet
 from fluxkiln.bench.suite import Item
 
-from . import plot
+from . import autoencoder as ae
+from . import denoiser, plot
 from .data import pixels
 from .model import PICTURE, Denoiser, sample
-from .train import load_autoencoder, load_denoiser
 
 BATCH = 32
 
@@ -54,11 +54,11 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="contact sheet of the last snapshot")
     parser.set_defaults(suite="shapes", category=None, size=None)
     args = parser.parse_args()
-    items, autoencoder = image.select(args), load_autoencoder(args.run / "autoencoder.pt")
+    items, autoencoder = image.select(args), ae.load(args.run / "autoencoder.pt")
     for snapshot in sorted(args.run.glob("average-*.pt"))[-args.last :]:
         folder = args.run / "pictures" / snapshot.stem
         (folder / "images").mkdir(parents=True, exist_ok=True)
-        model = load_denoiser(args.run, snapshot)
+        model = denoiser.load(args.run, snapshot)
         for item, made in generate(model, autoencoder, items, args.steps, args.guidance):
             made.save(folder / "images" / f"{item.id}.png")
         summary = scoring.summarize(scoring.measure(items, folder))
