@@ -120,7 +120,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._done: set[str] = set()
+        self._done: dict[str, Path] = {}
         text = path.read_text("utf-8", errors="replace") if path.exists() else ""
         for line in text.split("\n"):
             try:
@@ -131,12 +131,16 @@ class Results:
                 continue
             job, image = result.get("job"), result.get("path")
             if isinstance(job, str) and isinstance(image, str) and (path.parent / image).exists():
-                self._done.add(job)
+                self._done[job] = (path.parent / image).resolve()
         self._unfinished_line = bool(text) and not text.endswith("\n")
 
     def __contains__(self, job: Job) -> bool:
         """The job has been done and its image is still there."""
         return job.digest in self._done
+
+    def __getitem__(self, job: Job) -> Path:
+        """The image of a job that has been done."""
+        return self._done[job.digest]
 
     def add(self, job: Job, path: Path | None = None, seed: int | None = None, error: str | None = None) -> None:
         """Note what became of a job; `path` is kept relative to the list, so that the folder can be moved."""

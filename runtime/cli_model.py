@@ -59,12 +59,15 @@ def open_pipeline(args: argparse.Namespace, record: Record | None = None) -> Pip
     if record is not None:
         import torch
 
+        from fluxkiln.kernels.recipe import Recipe
         from fluxkiln.opening import ENGINE
 
         options |= {
             name: options[name] or getattr(record, name) for name in ("precision", "backend", "device", "variant")
         }
         options["dtype"] = getattr(torch, record.dtype)
+        if record.recipe and not (args.precision or args.recipe):
+            options["recipe"] = Recipe.from_json(record.recipe)
         engine = next((part.source for part in record.parts if part.name == ENGINE), None)
         options["engine"] = options["engine"] or (engine if options["backend"] == "trt" else None)
     options = {name: value for name, value in options.items() if value}

@@ -82,7 +82,11 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", help="file name (.png .jpg .webp), with {seed} {index} {prompt} {date} … filled in"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace files; otherwise name-1.png is written")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files of earlier runs; otherwise name-1.png is written",
+    )
     parser.add_argument("-n", type=int, default=1, metavar="N", help="images of each prompt")
     for option, (name, reader, what) in REQUEST.items():
         parser.add_argument(option, dest=name, type=reader, metavar="X", help=what)
@@ -110,7 +114,9 @@ def run(args: argparse.Namespace) -> int:
             prepare.check(**job.arguments)
     folder = None if args.dry_run else _writable_folder(template)
     results = Results(folder / "results.jsonl") if args.prompts and folder else None
+    made = set[Path]()  # images of this run, which --overwrite is not to replace
     if results is not None:
+        made |= {results[job] for job in jobs if job in results}
         _say(f"{sum(job in results for job in jobs)} of {len(jobs)} images are in {results.path} already")
         jobs = [job for job in jobs if job not in results]
         if not jobs:
@@ -134,7 +140,9 @@ def run(args: argparse.Namespace) -> int:
         record = output.record.image(0)
         path = metadata.expand(template, record, job.index)
         if not args.dry_run:
-            path = metadata.save(_image(output, 0), path, None if args.no_metadata else record, args.overwrite)
+            overwrite = args.overwrite and path.resolve() not in made
+            path = metadata.save(_image(output, 0), path, None if args.no_metadata else record, overwrite)
+            made.add(path.resolve())
             if results is not None:
                 results.add(job, path=path, seed=record.seed)
         done.append(_report(args, output, record, path))

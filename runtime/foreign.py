@@ -130,11 +130,13 @@ def refuse_format(path: Path) -> None:
         CheckpointError: it is a pickle, GGUF, ONNX or TensorRT file.
     """
     with path.open("rb") as file:
-        start = file.read(4)
+        start = file.read(8)
     ending = path.suffix.lower()
-    if start == b"GGUF" or ending == ".gguf":
+    if start[:4] == b"GGUF" or ending == ".gguf":
         raise CheckpointError(f"{path} is a GGUF file, whose quantisation is not read; {_FULL}")
-    if start[:2] in (b"PK", b"\x80\x02") or ending in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
+    # A safetensors file begins with the length of its header, which may have a pickle's first two bytes.
+    pickled = start.startswith(b"PK\x03\x04") or (start[:2] == b"\x80\x02" and start[4:] != bytes(4))
+    if pickled or ending in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
         raise CheckpointError(
             f"{path} is a pickle file, which can run any code when it is opened; use the model's safetensors file"
         )

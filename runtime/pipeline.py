@@ -249,7 +249,7 @@ class Pipeline:
             max_sequence_length=length,
             strength=course.strength,
             pictures=tuple(scene.pictures),
-            options=_mask_options(scene, padding_mask_crop),
+            options=_mask_options(scene, padding_mask_crop, width, height),
             unrepeatable=_named(
                 latents=latents, prompt_embeds=prompt_embeds, negative_prompt_embeds=texts.given_negative
             ),
@@ -571,6 +571,7 @@ class Pipeline:
             measured=loaded.choice.measured if loaded else {},
             notices=tuple(notices),
             variant=self.variant,
+            recipe=loaded.recipe.to_json() if loaded else "",
         )
 
 
@@ -612,12 +613,17 @@ def _check(good: Tensor, problem: str) -> None:
         raise BrokenImageError(f"{problem}{which}: the weights are damaged, or do not belong together")
 
 
-def _mask_options(scene: Scene, padding: int | None) -> dict[str, int | None]:
-    """The arguments of a masked edit that the request has no field for."""
+def _mask_options(scene: Scene, padding: int | None, width: int | None, height: int | None) -> dict[str, int | None]:
+    """The arguments of a masked edit that the request has no field for.
+
+    Around a mask, what is rendered has the aspect of the sides that were asked for; where none were, it is not to get
+    that of those which were found.
+    """
     if scene.region is None:
         return {}
-    feather = scene.region.feather
-    return {"width": scene.width, "height": scene.height, "padding_mask_crop": padding, "mask_feather": feather}
+    sides = (scene.width, scene.height) if padding is None else (width, height)
+    asked = {name: side if side is None else int(side) for name, side in zip(("width", "height"), sides, strict=True)}
+    return {**asked, "padding_mask_crop": padding, "mask_feather": scene.region.feather}
 
 
 def _named(**tensors: object) -> tuple[str, ...]:

@@ -25,7 +25,8 @@ if typing.TYPE_CHECKING:
     from PIL.Image import Image
 
 SCHEMA = 1
-MAX_BLOCKS = 10_000  # bounds what a hostile file can make of a range of blocks
+MAX_BLOCKS, MAX_LAYERS = 1_000, 10_000  # bound what a hostile file can make of ranges of blocks
+ORIENTATION = 0x0112  # EXIF's tag
 _TRAINED_MEDIA = "digitalsourcetype/trainedAlgorithmicMedia"  # end of the IPTC term's address
 
 Role = Literal["image", "reference", "mask", "control"]
@@ -205,6 +206,7 @@ class Record:
         variant: what the model was taken for (`dev`, `kontext`, ...).
         why: the backend was picked.
         measured: other backends that were timed beside it -> their step's time, as a multiple of its.
+        recipe: which layer has which format and scales, as JSON; "" for a model in memory.
     """
 
     request: Request
@@ -224,6 +226,7 @@ class Record:
     variant: str = ""
     why: str = ""
     measured: Mapping[str, float] = field(default_factory=dict)
+    recipe: str = ""
 
     def __str__(self) -> str:
         from fluxkiln.report import to_text
@@ -289,6 +292,8 @@ class Record:
         for name in ("variant", "backend", "precision", "dtype", "device"):
             if getattr(self, name) != getattr(now, name):
                 found.append(f"{name}: recorded {getattr(self, name)}, here {getattr(now, name)}")
+        if self.recipe and self.recipe != now.recipe:
+            found.append("recipe: other rules than recorded")
         if changed := set(self.plan) ^ set(now.plan):
             name = min(layer.name for layer in changed)
             found.append(f"plan: {len({layer.name for layer in changed})} layers are bound otherwise, first {name}")
@@ -329,11 +334,18 @@ class Record:
 
 
 def pixel_digest(picture: Image) -> str:
-    """SHA-256 of a picture's mode, size and pixels: the same whatever file format or metadata it came in."""
-    head = f"{picture.mode} {picture.width}x{picture.height} ".encode()
+    """SHA-256 of a picture's mode, size, pixels, and how to see them: which way up, and which colour is transparent.
+
+    It is the same whatever file format and other metadata the picture came in.
+    """
+    head = f"{picture.mode} {picture.width}x{picture.height} "
+    if (turned := picture.getexif().get(ORIENTATION, 1)) != 1:
+        head += f"orientation {turned} "
     if picture.mode == "P":
         picture = picture.convert("RGBA")
-    return hashlib.sha256(head + picture.tobytes()).hexdigest()
+    elif (transparent := picture.info.get("transparency")) is not None:
+        head += f"transparent {transparent} "
+    return hashlib.sha256(head.encode() + picture.tobytes()).hexdigest()
 
 
 def _xmp(image: Image) -> str:
@@ -442,8 +454,8 @@ def _ungroup(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if "blocks" not in group:
             layers.append(((prefix, 0, order), layer))
         for first, last in group.get("blocks", []):
-            if last >= MAX_BLOCKS:
-                raise ValueError(f"block {last} of {name}, no model has {MAX_BLOCKS}")
+            if not 0 <= first <= last < MAX_BLOCKS or len(layers) > MAX_LAYERS:
+                raise ValueError(f"blocks {first} to {last} of {name} after {len(layers)} layers: no model has them")
             layers += [
                 ((prefix, i, order), layer | {"name": name.replace("*", str(i), 1)}) for i in range(first, last + 1)
             ]

@@ -6,20 +6,23 @@ with. One prompt at a time goes through them, so that a batch cannot change a ro
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fluxkiln.checkpoint import CheckpointError, Tensors, open_clip, open_t5
 from fluxkiln.hub import ModelUnavailableError, resolve
 
 LONGEST = 512  # tokens of T5 that FLUX.1 was trained with
 CACHED = 32  # prompts whose embeddings are kept
+# Bytes of a GPU that encoders leave to a step's activations and the autoencoder's; an estimate, no GPU has run it.
+ROOM = 6 << 30
 TOKENIZERS = "black-forest-labs/FLUX.1-schnell"  # the one repository of the originals that needs no login
 _IGNORED = ("text_projection.weight", "logit_scale", "embeddings.position_ids")  # of CLIP, beside its text tower
 
@@ -30,8 +33,9 @@ class _Encoder:
 
     name: str
     tokenizer: Any
-    load: Callable[[], torch.nn.Module]
-    model: torch.nn.Module | None = None
+    load: Callable[[], nn.Module]
+    device: torch.device
+    model: nn.Module | None = None
 
     def tokens(self, prompt: str, length: int) -> Tensor:
         options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
@@ -43,8 +47,46 @@ class _Encoder:
         return None if len(ids) <= length else self.tokenizer.decode(ids[length - 1 : -1])  # the last is the end mark
 
     def run(self, ids: Tensor) -> Any:
-        self.model = self.model or self.load()
-        return self.model(ids.to(next(self.model.parameters()).device))
+        self.model = self.model or place(self.load(), self.device)
+        return self.model(ids.to(self.device))
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, ready to run on a device: it lies there, or, where a GPU has no room for it, in the CPU's memory.
+
+    Beside FLUX.1 in FP8 (15 GB), T5 (9.5 GB) leaves no room for pictures on a card of 24 GB. So its blocks come to the
+    GPU one by one: the same kernels and bytes, at a copy over the bus for each prompt that is not known.
+    """
+    if device.type == "cuda":
+        size = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own to give
+        if torch.cuda.mem_get_info(device)[0] + idle < size + ROOM:
+            return stream(model, device)
+    return model.to(device)
+
+
+def stream(model: nn.Module, device: torch.device) -> nn.Module:
+    """Have each block of a transformer on the device only while it runs; what is outside of them stays there."""
+    blocks = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
+    inside = set(itertools.chain(blocks.parameters(), blocks.buffers()))
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor not in inside:
+            tensor.data = tensor.data.to(device)
+    for block in blocks:
+        _visit(block, device)
+    return model
+
+
+def _visit(block: nn.Module, device: torch.device) -> None:
+    tensors = [*block.parameters(), *block.buffers()]
+    home = [tensor.data for tensor in tensors]
+
+    def point(data: Iterable[Tensor]) -> None:
+        for tensor, its in zip(tensors, data, strict=True):
+            tensor.data = its
+
+    block.register_forward_pre_hook(lambda *_: point(data.to(device, copy=True) for data in home))
+    block.register_forward_hook(lambda *_: point(home), always_call=True)
 
 
 class TextEncoders:
@@ -56,12 +98,15 @@ class TextEncoders:
 
     def __init__(
         self,
-        clip: Callable[[], torch.nn.Module],
+        clip: Callable[[], nn.Module],
         clip_tokenizer: Any,
-        t5: Callable[[], torch.nn.Module],
+        t5: Callable[[], nn.Module],
         t5_tokenizer: Any,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self._clip, self._t5 = _Encoder("CLIP", clip_tokenizer, clip), _Encoder("T5", t5_tokenizer, t5)
+        device = torch.device(device)
+        self._clip = _Encoder("CLIP", clip_tokenizer, clip, device)
+        self._t5 = _Encoder("T5", t5_tokenizer, t5, device)
         self._known: OrderedDict[tuple[str, str, int], tuple[Tensor, Tensor]] = OrderedDict()
         self.length = min(LONGEST, t5_tokenizer.model_max_length)
 
@@ -90,7 +135,7 @@ class TextEncoders:
         Args:
             clip, t5: file or folder of each; nothing but headers is read until a prompt is encoded.
             tokenizers: folder with `tokenizer` and `tokenizer_2`; None takes the original's from the hub or its cache.
-            device: where they run; dtype: fp32 or bf16, in which they run.
+            device: where they run, see `place`; dtype: fp32 or bf16, in which they run.
 
         Raises:
             CheckpointError, FileNotFoundError: a part is missing, damaged, or something else.
@@ -98,10 +143,11 @@ class TextEncoders:
         folder = _tokenizer_folder(tokenizers)
         clip_tensors, t5_tensors = open_clip(clip, dtype), open_t5(t5, dtype)
         return cls(
-            lambda: _build_clip(clip_tensors).to(device),
+            lambda: _build_clip(clip_tensors),
             _tokenizer(folder / "tokenizer"),
-            lambda: _build_t5(t5_tensors).to(device),
+            lambda: _build_t5(t5_tensors),
             _tokenizer(folder / "tokenizer_2"),
+            device,
         )
 
     @torch.no_grad()
@@ -175,15 +221,16 @@ def _tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _build_clip(tensors: Tensors) -> torch.nn.Module:
+def _build_clip(tensors: Tensors) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    sizes = tensors.config or clip_sizes(tensors)
+    # A configuration of all of CLIP has its text tower's inside.
+    sizes = tensors.config.get("text_config") or tensors.config or clip_sizes(tensors)
     state = {name: tensors[name] for name in tensors if name not in _IGNORED}
     return _build(CLIPTextModel, CLIPTextConfig(**sizes), state)
 
 
-def _build_t5(tensors: Tensors) -> torch.nn.Module:
+def _build_t5(tensors: Tensors) -> nn.Module:
     from transformers import T5Config, T5EncoderModel
 
     sizes = tensors.config or t5_sizes(tensors)
@@ -231,7 +278,7 @@ def _count(tensors: Tensors, prefix: str) -> int:
     return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
 
 
-def _build(kind: Any, config: Any, state: Mapping[str, Tensor]) -> torch.nn.Module:
+def _build(kind: Any, config: Any, state: Mapping[str, Tensor]) -> nn.Module:
     """A transformers model around tensors as they are: no weight is initialised or copied.
 
     Raises:

@@ -23,6 +23,7 @@ from fluxkiln.autoencoder import Autoencoder, AutoencoderConfig, diffusers_tenso
 from fluxkiln.bench.peers import diffusers_state
 from fluxkiln.cli import main
 from fluxkiln.config import FluxConfig, scaled_axes
+from fluxkiln.kernels.recipe import RECIPES
 from fluxkiln.pipeline import Pipeline
 from fluxkiln.record import Part
 
@@ -280,6 +281,21 @@ def test_files_are_kept_unless_overwrite_is_asked_for(opened: Any) -> None:
     assert [metadata.read(name).seed for name in ("a.png", "a-1.png")] == [1, 2]
     assert main(["generate", "a", "-o", "a.png", "--seed", "3", "--overwrite", *FAST]) == 0
     assert metadata.read("a.png").seed == 3
+    assert main(["generate", "a", "-o", "a.png", "--seed", "4", "-n", "3", "--overwrite", *FAST]) == 0
+    assert [metadata.read(name).seed for name in ("a.png", "a-1.png", "a-2.png", "a-3.png")] == [4, 2, 5, 6]
+
+
+def test_overwrite_spares_what_a_batch_made_before_it_was_stopped(opened: Any) -> None:
+    def run(prompts: str) -> dict[str, str]:
+        Path("p.txt").write_text(prompts)
+        assert main(["generate", "--prompts", "p.txt", "-o", "x.png", "--seed", "1", "--overwrite", *FAST]) == 0
+        return {path.name: metadata.read(path).prompt for path in Path().glob("x*.png")}
+
+    both = {"x.png": "a", "x-1.png": "b"}
+    assert run("a\nb\n") == both
+    Path("x-1.png").unlink()
+    assert run("a\nb\n") == both
+    assert run("c\n") == {"x.png": "c", "x-1.png": "b"}  # what another batch made is replaced
 
 
 def test_a_folder_as_output(opened: Any) -> None:
@@ -428,7 +444,9 @@ def test_from_repeats_an_image(opened: list, capsys: pytest.CaptureFixture[str])
     assert "b.png has the same pixels as a.webp" in capsys.readouterr().out
     assert metadata.read("b.png") == metadata.read("a.webp")
     same = {"precision": "fp32", "backend": "eager", "device": "cpu", "dtype": torch.float32, "variant": "kontext"}
-    assert opened[1] == ("somebody/tiny", same)
+    assert opened[1] == ("somebody/tiny", same | {"recipe": RECIPES["fp32"]})
+    assert main(["generate", "--from", "a.webp", "-o", "c.png", "--precision", "bf16"]) == 0
+    assert opened[2] == ("somebody/tiny", same | {"precision": "bf16"})
 
 
 def test_from_finds_the_pictures_and_checks_them(opened: Any, capsys: pytest.CaptureFixture[str]) -> None:

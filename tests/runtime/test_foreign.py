@@ -183,6 +183,20 @@ def test_files_of_other_formats(tmp_path, name, content, sentence):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("length", [66_176, 84_816])
+def test_a_header_as_long_as_a_pickle_begins_is_read(tmp_path, length):
+    """Its length stands first: 80 02 or 50 4B, which is PK, and zeros."""
+    path = tmp_path / "a.safetensors"
+    save_file(MODEL, path, {"note": ""})
+    short = int.from_bytes(path.read_bytes()[:8], "little")
+    for more in range(length - short - 8, length - short + 8):
+        save_file(MODEL, path, {"note": "x" * more})
+        if path.read_bytes()[:8] == length.to_bytes(8, "little"):
+            break
+    assert path.read_bytes()[:2] in (b"\x80\x02", b"PK")
+    assert open_checkpoint(path).names
+
+
 def test_real_pickle_is_refused(tmp_path):
     torch.save({"img_in.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="is a pickle file"):

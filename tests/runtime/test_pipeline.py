@@ -631,6 +631,9 @@ class FakeText:
         return draw(prompt_2 or prompt, 7, 32), draw(prompt, 24)
 
 
+STRIP = white(200, 160, (20, 20, 60, 48))  # the sides found for it have another aspect than its box
+
+
 def replace_text(pipe: Pipeline) -> Pipeline:
     text: Any = FakeText()
     return Pipeline(pipe.transformer, pipe.autoencoder, text, variant=pipe.variant, side=pipe.side)
@@ -665,6 +668,8 @@ def test_clip_reads_the_prompt_and_t5_the_second() -> None:
         ("dev", {"prompt": "a", "image": PHOTO, "strength": 0.7}),
         ("kontext", {"prompt": "a", "image": [PHOTO, WHITE.convert("RGB")], "width": 48}),
         ("kontext", {"prompt": "a", "image": photo(200, 100), "mask_image": white(200, 100), "padding_mask_crop": 3}),
+        ("kontext", {"prompt": "a", "image": photo(200, 160), "mask_image": STRIP, "padding_mask_crop": 3}),
+        ("dev", {"prompt": "a", "image": photo(200, 160), "mask_image": STRIP, "padding_mask_crop": 3, "height": 64}),
         ("fill", {"prompt": "a", "image": PHOTO, "mask_image": WHITE, "width": 64}),
         ("control", {"prompt": "a", "control_image": PHOTO}),
     ],
@@ -681,6 +686,18 @@ def test_the_record_repeats_the_call(variant: str, call: dict[str, Any]) -> None
     assert record.timings is not None
     assert len(record.timings.steps) == len(record.request.schedule) - 1
     assert record.timings.total >= sum(record.timings.steps)
+
+
+def test_a_crop_with_sides_is_another_request_than_one_that_comes_to_these_sides() -> None:
+    """What is asked for widens the box that is rendered, what was found does not."""
+    pipe = replace_text(parts("kontext").pipe)
+    call = {"image": photo(200, 160), "mask_image": STRIP, "padding_mask_crop": 3, "num_inference_steps": 1, "seed": 1}
+    found = pipe("a", **call)
+    width, height = found.record.request.pictures[0].used
+    asked = pipe("a", **call, width=width, height=np.int64(height))
+    assert asked.record.request.pictures[0].used == (width, height)
+    assert not np.array_equal(bytes_of(found.images), bytes_of(asked.images))
+    assert asked.record.key != found.record.key
 
 
 def test_a_dry_run_settles_everything_and_runs_nothing() -> None:

@@ -10,7 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxkiln.record import DETERMINISM, Layer, Part, Picture, Record, Request, Timings, pixel_digest, versions
+from fluxkiln.record import (
+    DETERMINISM,
+    ORIENTATION,
+    Layer,
+    Part,
+    Picture,
+    Record,
+    Request,
+    Timings,
+    pixel_digest,
+    versions,
+)
 
 
 def make(**changes: Any) -> Record:
@@ -112,6 +123,7 @@ DECIDES = {
     "precision": make(precision="bf16"),
     "device": make(device="cuda"),
     "variant": make(variant="kontext"),
+    "recipe": make(recipe='{"name": "fp8"}'),
     "plan": make(plan=(*make().plan[:-1], Layer("final", "linear", "triton", "bf16", 50))),
     "version": make(versions={"torch": "2.13.1", "fluxkiln": "0.1.0"}),
 }
@@ -158,13 +170,17 @@ def test_differences_name_what_changed() -> None:
     now = make(
         parts=(Part("transformer", "other.safetensors", "bfl", "99" * 32),),
         device="cuda",
+        recipe='{"name": "mine"}',
         plan=(*make().plan[:-2], Layer("final", "linear", "triton", "bf16", 50)),
         versions={"torch": "2.14.0", "fluxkiln": "0.1.0", "gpu": "L4"},
     )
-    assert make().differences(now) == [
+    recorded = make(recipe='{"name": "fp8"}')
+    assert recorded.differences(recorded) == []
+    assert recorded.differences(now) == [
         "transformer: recorded tiny.safetensors (121212121212), here other.safetensors (999999999999)",
         "vae: recorded ae (343434343434), here none",
         "device: recorded cpu, here cuda",
+        "recipe: other rules than recorded",
         "plan: 2 layers are bound otherwise, first double_blocks.2.proj",
         "gpu: recorded none, here L4",
         "torch: recorded 2.13.0, here 2.14.0",
@@ -180,7 +196,9 @@ def test_differences_name_what_changed() -> None:
         (lambda d: d | {"colour": "red"}, "no field 'colour'"),
         (lambda d: {k: v for k, v in d.items() if k != "backend"}, "backend"),
         (lambda d: d | {"plan": 3}, "not a fluxkiln record"),
-        (lambda d: d | {"plan": [d["plan"][1] | {"blocks": [[0, 20_000]]}]}, "no model has 10000"),
+        (lambda d: d | {"plan": [d["plan"][1] | {"blocks": [[0, 20_000]]}]}, "no model has them"),
+        (lambda d: d | {"plan": [d["plan"][1] | {"blocks": [[-(10**12), 0]]}]}, "no model has them"),
+        (lambda d: d | {"plan": [d["plan"][1] | {"blocks": [[0, 999]] * 10**6}]}, "after 11000 layers"),
         (lambda d: d | {"determinism": "surely"}, "surely"),
         (lambda d: d | {"request": d["request"] | {"prompts": "abc"}}, "abc"),
         (lambda d: d | {"request": d["request"] | {"seeds": ["7", "8"]}}, "'7'"),
@@ -206,6 +224,13 @@ def test_pixel_digest_is_of_the_pixels(tmp_path: Any) -> None:
     red.putpalette([255, 0, 0])
     blue.putpalette([0, 0, 255])
     assert pixel_digest(red) != pixel_digest(blue)
+    # What makes other pictures of the same pixels.
+    turned = Image.Exif()
+    turned[ORIENTATION] = 3
+    image.save(tmp_path / "turned.png", exif=turned)
+    image.save(tmp_path / "holes.png", transparency=image.getpixel((0, 0)))
+    digests = [pixel_digest(Image.open(tmp_path / f"{name}.png")) for name in ("turned", "holes")]
+    assert len({*digests, pixel_digest(image)}) == 3
     picture = Picture.of("reference", one, (32, 16), "lanczos")
     assert (picture.name, picture.size, picture.sha256) == ("a.png", (20, 10), pixel_digest(image))
 

@@ -5,15 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxPipeline
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from fluxkiln.checkpoint import CheckpointError
-from fluxkiln.text import CACHED, TextEncoders
+from fluxkiln.text import CACHED, ROOM, TextEncoders, place, stream
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PROMPTS = ["a red fox", "", "x", "fox " * 10_000, "naïve — ☃ 狐"]
@@ -174,6 +185,58 @@ def test_repeated_prompts_are_known_and_dropped_encoders_come_back(folder: Path)
         text.encode("b" * (i + 1), max_sequence_length=8)
     assert torch.equal(text.encode("a bear", max_sequence_length=8)[0], again[0])
     assert text.encode("a bear", max_sequence_length=8)[0] is not again[0]
+
+
+@torch.no_grad()
+def test_streamed_encoders_say_the_same_with_one_block_there_at_a_time(folder: Path) -> None:
+    wanted, text = encoders(folder).encode("a red fox", max_sequence_length=32), encoders(folder)
+    for encoder in (text._clip, text._t5):
+        encoder.model = stream(encoder.load(), torch.device("cpu"))
+        blocks = next(part for part in encoder.model.modules() if isinstance(part, torch.nn.ModuleList))
+        assert len(blocks) == 2
+        home = [[p.data_ptr() for p in block.parameters()] for block in blocks]
+
+        def away(blocks: Any = blocks, home: list[list[int]] = home) -> list[set[bool]]:
+            now = [[p.data_ptr() for p in block.parameters()] for block in blocks]
+            return [{a != b for a, b in zip(*pair, strict=True)} for pair in zip(now, home, strict=True)]
+
+        seen: list[list[set[bool]]] = []
+        for block in blocks:
+            block.register_forward_pre_hook(lambda *_, seen=seen, away=away: seen.append(away()))
+        ids = encoder.tokens("a red fox", 32)
+        found = encoder.run(ids)
+        assert seen == [[{True}, {False}], [{False}, {True}]]
+        assert away() == [{False}, {False}]
+        assert torch.equal(found.last_hidden_state, encoder.load()(ids).last_hidden_state)
+    for got, want in zip(text.encode("a red fox", max_sequence_length=32), wanted, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_encoders_are_streamed_where_a_gpu_has_no_room(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, short: int
+) -> None:
+    model, gpu, done = encoders(folder)._t5.load(), torch.device("cuda", 1), []
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size + ROOM - 200 - short, 2**40))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)  # of which torch can give 200
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(model, "to", lambda device: done.append(("there", device)))
+    monkeypatch.setattr("fluxkiln.text.stream", lambda model, device: done.append(("streamed", device)))
+    place(model, gpu)
+    assert done == [("streamed" if short else "there", gpu)]
+
+
+def test_a_whole_clip_model_is_read_for_its_text(folder: Path, tmp_path: Path) -> None:
+    """As openai/clip-vit-large-patch14 has it: two towers, and the sizes of each inside the configuration."""
+    part = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    seeing = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    whole = CLIPModel(CLIPConfig(text_config=part.config.to_dict(), vision_config=seeing.to_dict(), projection_dim=8))
+    whole.text_model.load_state_dict({name.removeprefix("text_model."): t for name, t in part.state_dict().items()})
+    whole.save_pretrained(tmp_path)
+    text = TextEncoders.from_files(tmp_path, folder, folder, dtype=torch.float32)
+    for got, want in zip(text.encode("a red fox"), encoders(folder).encode("a red fox"), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_missing_parts_are_named(folder: Path, tmp_path: Path) -> None:
