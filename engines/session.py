@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import platform
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,11 @@ class Session:
             with saying(self._log, f"{name} makes no execution context"):
                 config = _some(self._engine.create_runtime_config())
                 config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-                self._compiled = self._specialise(config, stored, cache) if self._flavour.ahead_of_time else None
+                compiled = self._specialise(config, stored, cache) if self._flavour.ahead_of_time else None
                 self._context = _some(self._engine.create_execution_context(config))
+        # After the context, which uses it: CPython releases attributes in the order in which they were first set.
+        self._compiled = compiled
+        self._saved: set[tuple[torch.Size, ...]] = set()  # shapes whose kernels are in its file
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         read = {tensor: self._engine.get_tensor_mode(tensor) == trt.TensorIOMode.INPUT for tensor in names}
         self.inputs = tuple(tensor for tensor in names if read[tensor])
@@ -105,28 +109,34 @@ class Session:
             torch.cuda.stream(self._stream),
             saying(self._log, "the engine did not run"),
         ):
-            new = any(name not in self._bound or self._bound[name].shape != inputs[name].shape for name in self.inputs)
-            if new:
-                self._bind({name: inputs[name].shape for name in self.inputs})
+            shapes = {name: inputs[name].shape for name in self.inputs}
+            if any(name not in self._bound or self._bound[name].shape != shapes[name] for name in self.inputs):
+                self._bind(shapes)
             for name in self.inputs:
                 self._bound[name].copy_(inputs[name])
             _some(self._context.execute_async_v3(self._stream.cuda_stream))
+            if self._compiled is not None and tuple(shapes.values()) not in self._saved:
+                self._compiled.save()
+                self._saved.add(tuple(shapes.values()))
         current.wait_stream(self._stream)
-        if new and self._compiled is not None:
-            self._compiled.save()
         return {name: self._bound[name] for name in self.outputs}
 
+    @torch.inference_mode(False)  # inference tensors cannot be written to outside of inference mode
     def _bind(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Memory for inputs, outputs and scratch of these sizes."""
-        self._bound = {}
+        """Memory for inputs, outputs and scratch of these sizes; where it fails, nothing is bound."""
+        self._bound, bound = {}, {}
         for name in self.inputs:
             _some(self._context.set_input_shape(name, tuple(shapes[name])))
         for name in (*self.inputs, *self.outputs):
             shape = tuple(self._context.get_tensor_shape(name))
-            self._bound[name] = torch.empty(shape, dtype=self._dtype(name), device=self._device)
-            _some(self._context.set_tensor_address(name, self._bound[name].data_ptr()))
-        self._memory = self._scratch.get(self._context.update_device_memory_size_for_shapes())
+            bound[name] = torch.empty(shape, dtype=self._dtype(name), device=self._device)
+            _some(self._context.set_tensor_address(name, bound[name].data_ptr()))
+        with self._log.errors() as said:
+            nbytes = self._context.update_device_memory_size_for_shapes()
+        _some(nbytes > 0 or not said)  # 0 bytes are a failure, or all that the engine needs
+        self._memory = self._scratch.get(nbytes)
         self._context.set_device_memory(self._memory.data_ptr(), self._memory.nbytes)
+        self._bound = bound
 
     def _specialise(self, config: Any, stored: Stored, cache: Path | None) -> _RuntimeCache | None:
         """What only TensorRT-RTX has: kernels compiled for each shape before its first run, so that the second run
@@ -222,15 +232,30 @@ class _RuntimeCache:
 
     def __init__(self, config: Any, path: Path) -> None:
         self._path, self._cache = path, config.create_runtime_cache()
-        if path.is_file():
+        try:
             self._cache.deserialize(path.read_bytes())  # refuses by itself what does not fit or is damaged
+        except FileNotFoundError:
+            pass  # nothing was compiled yet
+        except OSError as error:
+            warnings.warn(f"compiled kernels are not read: {path}: {error.strerror}", stacklevel=1)
         config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        """Keep what was compiled; where that fails the next process compiles again, and this one goes on."""
+        blob = self._cache.serialize()
+        if blob is None:
+            return
         scratch = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex[:8]}")
-        scratch.write_bytes(bytes(self._cache.serialize()))
-        scratch.replace(self._path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                scratch.write_bytes(bytes(blob))
+                scratch.replace(self._path)
+            finally:
+                scratch.unlink(missing_ok=True)
+        except OSError as error:
+            # Always the same text, without the temporary name, so that Python shows it once.
+            warnings.warn(f"compiled kernels are not kept: {self._path}: {error.strerror}", stacklevel=1)
 
 
 def _cache_key(flavour: Flavour, stored: Stored, device: torch.device) -> str:

@@ -63,17 +63,23 @@ def engines(args: argparse.Namespace) -> int:
     from fluxkiln.record import versions
     from fluxkiln.verify_engines import EngineVerdict, report, verify_engines
 
+    verdicts: list[EngineVerdict] = []
+
     def show(verdict: EngineVerdict) -> None:
+        verdicts.append(verdict)
         result = verdict.failed or verdict.refused or ("ok" if verdict.passed else "WRONG")
         what = (verdict.key, verdict.model, verdict.precision, verdict.weights, verdict.tokens)
         print(f"{' '.join(filter(None, what))}: {result}", file=sys.stderr, flush=True)
 
-    verdicts = verify_engines(Store(args.store or default_root()), args.model, progress=show)
-    machine = versions("cuda")
-    if args.json:
-        rows = [dataclasses.asdict(verdict) | {"passed": verdict.passed} for verdict in verdicts]
-        print(json.dumps({"machine": machine, "engines": rows}, indent=1))
-    else:
-        print(report(verdicts, machine))
+    try:
+        verify_engines(Store(args.store or default_root()), args.model, progress=show)
+    finally:
+        if verdicts:  # an interrupted run too has found what it has found
+            machine = versions("cuda")
+            if args.json:
+                rows = [dataclasses.asdict(verdict) | {"passed": verdict.passed} for verdict in verdicts]
+                print(json.dumps({"machine": machine, "engines": rows}, indent=1))
+            else:
+                print(report(verdicts, machine))
     ran = [verdict for verdict in verdicts if verdict.refused is None]
     return 0 if ran and all(verdict.passed for verdict in ran) else 1

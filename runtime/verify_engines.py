@@ -27,7 +27,7 @@ from fluxkiln import sampling
 from fluxkiln.config import FluxConfig
 from fluxkiln.engine import PART, EngineTransformer, find, open_session, supply
 from fluxkiln.engines.session import Scratch, SessionError
-from fluxkiln.engines.store import Store, Stored, StoreError
+from fluxkiln.engines.store import Store, Stored, StoreError, refuse_here
 from fluxkiln.kernels import RefusedError, eager_ops
 from fluxkiln.kernels.recipe import RECIPES, Recipe
 from fluxkiln.transformer import Network, Transformer
@@ -103,9 +103,11 @@ def verify_engines(
     if not installed():
         raise RefusedError(f"no TensorRT is installed: {PACKAGE['tensorrt_rtx']}")
     device = torch.device("cuda")
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     scratch, verdicts = Scratch(device), []
     with tempfile.TemporaryDirectory() as folder:
-        for verdict in itertools.chain(trials(Store(folder), device, scratch), stored(store, device, scratch, model)):
+        small, kept = trials(Store(folder), arch, device, scratch), stored(store, arch, device, scratch, model)
+        for verdict in itertools.chain(small, kept):
             verdicts.append(verdict)
             progress(verdict)
     return verdicts
@@ -114,30 +116,33 @@ def verify_engines(
 # --- small engines ----------------------------------------------------------------------------
 
 
-def trials(store: Store, device: torch.device, scratch: Scratch) -> Iterator[EngineVerdict]:
+def trials(store: Store, arch: str, device: torch.device, scratch: Scratch) -> Iterator[EngineVerdict]:
     """Engines of the small network, built for this GPU and held to float64."""
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     for precision, weights in itertools.product(LIMITS, WEIGHTS):
         row = EngineVerdict(TRIAL, precision, weights)
-        recipe = RECIPES[precision]
-        layers = tiny_model(recipe)
-        try:
-            engine = build_trial(store, precision, weights, arch, layers)
-        except RefusedError as refusal:
-            yield replace(row, refused=str(refusal))
-            continue
-        except RuntimeError as error:
-            yield replace(row, failed=str(error))
-            continue
-        layers = {name: to(layer, device) for name, layer in layers.items()}
-        wide = {name: exact(layer) for name, layer in layers.items()}
-        truth = Transformer(TINY, wide, eager_ops(recipe.attention))
-        eager = Transformer(TINY, layers, eager_ops(recipe.attention))
-        cases = []
-        for inputs in (Inputs.of(truth, Tokens(9, 24)), Inputs.of(truth, Tokens(16, 64))):
-            want = inputs.denoise(truth)
-            cases.append(Case(inputs, want, SLACK * relative(inputs.denoise(eager), want)))
-        yield from check(replace(row, key=engine.key), engine, TINY, layers, scratch, cases)
+        yield from check(row, partial(prepare_trial, store, precision, weights, arch, device), scratch)
+
+
+def prepare_trial(
+    store: Store, precision: str, weights: Literal["inside", "refit"], arch: str, device: torch.device
+) -> Prepared:
+    """A small engine, and what float64 makes of two sizes.
+
+    Raises:
+        RefusedError, BuildError, StructureError: as `build_trial`.
+    """
+    recipe = RECIPES[precision]
+    layers = tiny_model(recipe)
+    engine = build_trial(store, precision, weights, arch, layers)
+    layers = {name: to(layer, device) for name, layer in layers.items()}
+    wide = {name: exact(layer) for name, layer in layers.items()}
+    truth = Transformer(TINY, wide, eager_ops(recipe.attention))
+    eager = Transformer(TINY, layers, eager_ops(recipe.attention))
+    cases = []
+    for inputs in (Inputs.of(truth, Tokens(9, 24)), Inputs.of(truth, Tokens(16, 64))):
+        want = inputs.denoise(truth)
+        cases.append(Case(inputs, want, SLACK * relative(inputs.denoise(eager), want)))
+    return Prepared(engine, TINY, layers, cases)
 
 
 def build_trial(
@@ -174,36 +179,50 @@ def build_trial(
 # --- the store's engines ----------------------------------------------------------------------
 
 
-def stored(store: Store, device: torch.device, scratch: Scratch, model: str | None) -> Iterator[EngineVerdict]:
+def stored(
+    store: Store, arch: str, device: torch.device, scratch: Scratch, model: str | None
+) -> Iterator[EngineVerdict]:
     """Every engine of the store, held to eager on its model at its least and its best size."""
+    for engine in store:
+        row = EngineVerdict("", "", "", engine.key)
+        if engine.manifest is not None:
+            subject = engine.subject
+            row = EngineVerdict(engine.manifest.model_name, subject.precision, subject.weights, engine.key)
+        yield from check(row, partial(prepare_stored, store, engine, arch, device, model), scratch)
+
+
+def prepare_stored(store: Store, engine: Stored, arch: str, device: torch.device, model: str | None) -> Prepared:
+    """An engine of the store, and what eager makes of its model.
+
+    Raises:
+        RefusedError: it does not run here, or its model is not here.
+    """
     from fluxkiln.checkpoint import open_checkpoint
+    from fluxkiln.engines.flavour import installed
     from fluxkiln.export.weights import shadow
     from fluxkiln.hub import resolve
     from fluxkiln.quantize import Layers
 
-    for engine in store:
-        if engine.manifest is None:
-            yield EngineVerdict("", "", "", engine.key, engine.refusal)
-            continue
-        subject, name = engine.subject, model or engine.manifest.model_name
-        row = EngineVerdict(engine.manifest.model_name, subject.precision, subject.weights, engine.key)
-        if subject.part != PART:
-            yield replace(row, refused=f"it runs the part {subject.part}, not a step")
-            continue
-        recipe = Recipe.from_json(subject.recipe)
-        try:
-            checkpoint = open_checkpoint(resolve(name, ("transformer",)))
-        except (ValueError, OSError, RuntimeError) as error:
-            yield replace(row, refused=f"its model is not here, name it with --model: {str(error).splitlines()[0]}")
-            continue
-        meta = partial(shadow, checkpoint, recipe, torch.bfloat16)
-        found = find(checkpoint.config, recipe, device, torch.bfloat16, meta, checkpoint.identity, engine.folder, store)
-        if isinstance(found, str):
-            yield replace(row, refused=found)
-            continue
-        config, layers = checkpoint.config, partial(Layers, checkpoint, recipe, dtype=torch.bfloat16)
-        cases = of_eager(config, recipe, layers(device), engine)
-        yield from check(row, engine, config, layers(device), scratch, cases)
+    if engine.manifest is None:
+        raise RefusedError(engine.refusal)
+    subject = engine.subject
+    if subject.part != PART:
+        raise RefusedError(f"it runs the part {subject.part}, not a step")
+    # Before the model, which may have to be downloaded.
+    if reason := engine.refusal or refuse_here(engine.manifest, arch, installed()):
+        raise RefusedError(reason)
+    recipe = Recipe.from_json(subject.recipe)
+    try:
+        checkpoint = open_checkpoint(resolve(model or engine.manifest.model_name, ("transformer",)))
+    except (ValueError, OSError, RuntimeError) as error:
+        said = str(error).splitlines()[0]
+        raise RefusedError(f"its model is not here, name it with --model: {said}") from error
+    meta = partial(shadow, checkpoint, recipe, torch.bfloat16)
+    found = find(checkpoint.config, recipe, device, torch.bfloat16, meta, checkpoint.identity, engine.folder, store)
+    if isinstance(found, str):
+        raise RefusedError(found)
+    layers = Layers(checkpoint, recipe, device, torch.bfloat16)
+    return Prepared(engine, checkpoint.config, layers, of_eager(checkpoint.config, recipe, layers, engine))
 
 
 def of_eager(config: FluxConfig, recipe: Recipe, layers: Mapping[str, Any], engine: Stored) -> list[Case]:
@@ -212,17 +231,22 @@ def of_eager(config: FluxConfig, recipe: Recipe, layers: Mapping[str, Any], engi
     sizes = [Tokens(*size) for size in sorted({(texts[i][1], images[i][1]) for i in (0, 1)})]
     cases: list[Case] = []
     with contextlib.suppress(torch.OutOfMemoryError):
-        eager = Transformer(config, layers, eager_ops(recipe.attention))
-        for size in sizes:
-            inputs = Inputs.of(eager, size)
-            cases.append(Case(inputs, inputs.denoise(eager), LIMITS[engine.subject.precision]))
-        del eager
-    gc.collect()
-    torch.cuda.empty_cache()  # the engine comes next, by another allocator
+        for case in by_eager(config, recipe, layers, sizes, LIMITS[engine.subject.precision]):
+            cases.append(case)
     if len(cases) < len(sizes):
         alone = Network(config, layers)
         cases += [Case(Inputs.of(alone, size)) for size in sizes[len(cases) :]]
     return cases
+
+
+def by_eager(
+    config: FluxConfig, recipe: Recipe, layers: Mapping[str, Any], sizes: Sequence[Tokens], limit: float
+) -> Iterator[Case]:
+    """What eager makes of each size; its weights are gone when this ends or fails."""
+    eager = Transformer(config, layers, eager_ops(recipe.attention))
+    for size in sizes:
+        inputs = Inputs.of(eager, size)
+        yield Case(inputs, inputs.denoise(eager), limit)
 
 
 # --- one engine -------------------------------------------------------------------------------
@@ -237,21 +261,32 @@ class Case:
     limit: float | None = None
 
 
-def check(
-    row: EngineVerdict,
-    engine: Stored,
-    config: FluxConfig,
-    layers: Mapping[str, Any],
-    scratch: Scratch,
-    cases: Sequence[Case],
-) -> Iterator[EngineVerdict]:
-    """Load an engine; of each case make two images, compare, and time a step."""
+@dataclass(frozen=True)
+class Prepared:
+    """An engine, the model that it runs with, and what it is to make."""
+
+    engine: Stored
+    config: FluxConfig
+    layers: Mapping[str, Any]
+    cases: Sequence[Case]
+
+
+def check(row: EngineVerdict, prepare: Callable[[], Prepared], scratch: Scratch) -> Iterator[EngineVerdict]:
+    """Load an engine; of each case make two images, compare, and time a step.
+
+    Whatever `prepare` or the engine raises is a row of the report: the other engines are still to come.
+    """
     try:
+        prepared = prepare()
+        engine, config, layers = prepared.engine, prepared.config, prepared.layers
+        row = replace(row, key=engine.key)
+        gc.collect()
+        torch.cuda.empty_cache()  # the engine comes next, by another allocator
         start = time.perf_counter()
         session = open_session(engine, supply(engine, layers), scratch=scratch)
         model = EngineTransformer(config, layers, engine, session)
         row = replace(row, load_seconds=time.perf_counter() - start)
-        for case in cases:
+        for case in prepared.cases:
             inputs = case.inputs
             row = replace(row, tokens=f"{inputs.txt.shape[1]}+{inputs.img.shape[1]}", limit=case.limit)
             step = partial(inputs.step, model, 0, inputs.img)
@@ -264,8 +299,12 @@ def check(
                 first_seconds=first,
                 step_seconds=statistics.median(seconds(step) for _ in range(RUNS)),
             )
+    except RefusedError as refusal:
+        yield replace(row, refused=str(refusal))
     except (SessionError, StoreError) as error:
         yield replace(row, failed=str(error))
+    except Exception as error:
+        yield replace(row, failed=f"{type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True)
