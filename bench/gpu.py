@@ -53,6 +53,7 @@ from fluxkiln.workload import Tokens
 
 DONE, FAILED, OUT_OF_TIME = 0, 1, 3  # exit codes; the last: call again
 STEPS = 12  # timed steps of a contestant
+ROOM = 2 * 2**30  # bytes beside the weights: CUDA's context, a step's activations, a layer while it is packed
 MOST_SECONDS = 300  # of a contestant, compilation included; one that takes longer must not keep the others from running
 
 
@@ -327,7 +328,9 @@ def compete(contestant: Contestant, device: torch.device, tiny: bool) -> dict[st
     tokens = TINY_SIZES["tiny"] if tiny else SIZES[contestant.size]
     start = time.perf_counter()
     run, model = _runner(contestant, config, tokens, device)
-    memory = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+    memory = _allocated(device)
+    if isinstance(model, Transformer):  # after: what it allocates for outputs is no weight
+        model.prepare(tokens.batch, tokens.text, tokens.image + tokens.reference)
     ready = time.perf_counter()
     run()
     _wait(device)
@@ -370,7 +373,6 @@ def _runner(
         from fluxkiln.kernels.backend import triton_ops
 
         model = Transformer(config, layers, triton_ops(device, contestant.attention))
-        model.prepare(tokens.batch, tokens.text, tokens.image + tokens.reference)
     else:
         model = Transformer(config, layers, _compiled(device) if contestant.who.endswith("compiled") else EAGER)
     x = inputs(config, tokens, model)
@@ -407,6 +409,10 @@ def _diffusers(
         model.compile_repeated_blocks(fullgraph=True, **options)
     x = random_inputs(Spec(config, tokens, "bf16", "bf16", "eager", str(device)))
     return lambda: peers.diffusers_velocity(model, x), model
+
+
+def _allocated(device: torch.device) -> int | None:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
 
 
 def _wait(device: torch.device) -> None:
@@ -487,7 +493,7 @@ def compete_all(device: torch.device, results: Results, tiny: bool, deadline: fl
         name = str(contestant)
         if results.has(kind="step", contestant=name):
             continue
-        reason = _refused(contestant, device)
+        reason = _refused(contestant, device, tiny)
         row = {"kind": "step", "contestant": name, **dataclasses.asdict(contestant)}
         if reason is None:
             left = deadline - time.monotonic()
@@ -529,12 +535,23 @@ def _run(command: Sequence[str], timeout: float) -> tuple[int | None, str, str]:
     return process.returncode, output, errors
 
 
-def _refused(contestant: Contestant, device: torch.device) -> str | None:
+def _refused(contestant: Contestant, device: torch.device, tiny: bool) -> str | None:
     import importlib.util
 
     if contestant.who.startswith("diffusers") and importlib.util.find_spec("diffusers") is None:
         return "diffusers is not installed"
-    return registry.refuse_format(contestant.precision, bench_kernels.native_arch(device))
+    if reason := registry.refuse_format(contestant.precision, bench_kernels.native_arch(device)):
+        return reason
+    if device.type != "cuda":
+        return None
+    need = workload.weight_bytes(TINY if tiny else DEV, "bf16", lambda name: contestant.precision)
+    has = torch.cuda.get_device_properties(device).total_memory
+    if need + ROOM <= has:
+        return None
+    return (
+        f"the weights take {need / 2**30:.1f} GiB and a step needs about {ROOM / 2**30:.0f} GiB beside them, "
+        f"this GPU has {has / 2**30:.1f}"
+    )
 
 
 def step_line(row: Mapping[str, Any]) -> str:

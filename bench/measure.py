@@ -202,8 +202,10 @@ def empty(device: torch.device, budget: float = 0.3) -> float:
 def roofs(device: torch.device, formats: Sequence[str], side: int = 8192, budget: float = 0.5) -> dict[str, float]:
     """What this device reaches at best, by the same timer: `copy` in bytes/s, each format's matrix product in flop/s.
 
-    A copy counts bytes read and bytes written. FP8 is the library's product with one scale for a whole operand and
-    fast accumulation; a format that the device or the library has not is left out.
+    A copy counts bytes read and bytes written, and is so large that it pays for all of its writes; what a kernel wrote
+    last may still be in the L2 cache when its time ends, so one that is bound by memory may exceed this roof. FP8 is
+    the library's product with one scale for a whole operand and fast accumulation; a format that the device or the
+    library has not is left out.
     """
     found = {"copy": 2 * 16 * side**2 / measure(_copy(16 * side**2, device), device, budget).median}
     for format in formats:

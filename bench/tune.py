@@ -41,7 +41,7 @@ from fluxkiln.kernels import (
     qkv_rope,
     registry,
 )
-from fluxkiln.kernels.backend import native_arch, refuse
+from fluxkiln.kernels.backend import Arena, native_arch, refuse
 from fluxkiln.kernels.formats import Fp8
 from fluxkiln.kernels.language import Launch, on
 from fluxkiln.kernels.tiles import MEASURED, Problem, Tile
@@ -96,13 +96,14 @@ def tune(
         say(f"{case.key}: {reason}")
         return None
     section, problem, tiles = search(case, operands, arch)
+    empty = Arena().of(case.op, device)  # one output for all: more than a hundred would not fit
 
-    def prepare(tile: Any) -> tuple[Any, list[Launch]]:
-        return registry.OPS[case.op].launch(*operands, arch=arch, tile=tile)
+    def prepare(tile: Any) -> list[Launch]:
+        return registry.OPS[case.op].launch(*operands, arch=arch, empty=empty, tile=tile)[1]
 
     def seconds(tile: Any, budget: float) -> float:
         def run() -> None:
-            for launch in ready[tile][1]:
+            for launch in ready[tile]:
                 launch()
 
         try:
@@ -113,13 +114,13 @@ def tune(
             say(f"{case.key}: {tile}: {failure}")
             return float("inf")
 
-    fit, dropped = usable(tiles, lambda tile: prepare(tile)[1], device)
+    fit, dropped = usable(tiles, prepare, device)
     ready = {tile: prepare(tile) for tile in fit}
     quick = {tile: seconds(tile, budget / 10) for tile in ready}
     chosen = sorted(quick, key=quick.__getitem__)[:FINALISTS] + [tile for tile in tiles[:1] if tile in ready]
     final = {tile: seconds(tile, budget) for tile in dict.fromkeys(chosen)}
     for tile in sorted(final, key=final.__getitem__):
-        # Fresh operands: the runs that were timed have overwritten the residual.
+        # Fresh operands and output: the runs that were timed have overwritten the residual, and one another's.
         output, launches = registry.OPS[case.op].launch(*registry.packed(case.op, args), arch=arch, tile=tile)
         for launch in launches:
             launch()

@@ -330,6 +330,7 @@ class CapturedStep:
         torch.cuda.current_stream(img.device).wait_stream(side)
         # The graph writes to the arena's buffers: they must live as long as it does, whatever the arena does later.
         self._buffers = list(transformer.ops.pack.__self__.arena.buffers.values())
+        self._transformer = transformer  # its weights are read at every replay
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=side):  # torch's own would be the first GPU's
             self._velocity = transformer.step(**vars(self._inputs))

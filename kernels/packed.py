@@ -144,7 +144,8 @@ def _up(linear: Linear, width: int) -> Tensor:
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     stacked = (tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))).contiguous()
-    return stacked if stacked.data_ptr() % 16 == 0 else stacked.clone()  # a view of a file may lie anywhere
+    cut = stacked.untyped_storage().nbytes() > stacked.nbytes  # as from linear1: a view would keep all of it alive
+    return stacked.clone() if cut or stacked.data_ptr() % 16 else stacked  # a view of a file may lie anywhere
 
 
 # --- contract ---------------------------------------------------------------------------------

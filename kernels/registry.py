@@ -184,6 +184,8 @@ def refuse_model(
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         own = 10 * major + minor
+    if reason := refuse_format(recipe.attention, own):
+        return f"attention: {reason}"
     for pattern, rule in recipe.rules:
         if rule.format == "dense":
             continue

@@ -358,6 +358,37 @@ def test_nothing_but_a_kernel_calculates_with_codes(precision: str):
             registry.packed(case.op, args)
 
 
+def test_what_is_emulated_in_nvfp4_is_not_timed():
+    for case in everything(TINY, TINY_SIZES, ("fp8", "nvfp4")):
+        names = {name for name, _ in kernels.contestants(case, arguments(case, CPU), CPU)}
+        assert ("eager" in names) == ("nvfp4" not in (case.format, case.result)), case.key
+
+
+@pytest.mark.parametrize(
+    ("memory", "precisions"), [(16, ["nvfp4"]), (24, ["fp8", "nvfp4"]), (80, ["bf16", "fp8", "nvfp4"])]
+)
+def test_a_contestant_whose_weights_do_not_fit_is_refused(memory, precisions, monkeypatch):
+    card = SimpleNamespace(total_memory=memory * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    found = {
+        each.precision: gpu._refused(each, torch.device("cuda"), False)
+        for each in gpu.CONTESTANTS
+        if each.who == "triton"
+    }
+    assert [name for name, reason in sorted(found.items()) if reason is None] == precisions
+    assert all(f"this GPU has {memory}.0" in reason for reason in found.values() if reason)
+    assert gpu._refused(gpu.Contestant("triton", "bf16"), torch.device("cuda"), True) is None
+
+
+def test_weights_are_counted_before_a_step_has_its_memory(monkeypatch):
+    order = []
+    monkeypatch.setattr(gpu, "_allocated", lambda device: order.append("weights"))
+    monkeypatch.setattr(gpu.Transformer, "prepare", lambda *sizes: order.append("prepared"))
+    gpu.compete(gpu.Contestant("eager", "bf16"), CPU, tiny=True)
+    assert order == ["weights", "prepared"]
+
+
 def test_the_parts_of_a_step_add_up():
     row = gpu.compete(gpu.Contestant("eager", "bf16"), CPU, tiny=True)
     assert set(row["parts_ms"]) == {call.op for call in workload.step(TINY, TINY_SIZES["tiny"])}
@@ -435,6 +466,7 @@ def test_only_what_was_measured_and_right_is_reported(tmp_path):
     written(tmp_path, "step-x.jsonl", steps)
     text = report.markdown(tmp_path)
     assert "| `attention` | S | bf16 → fp8 | 100.0 | 500 TFLOP/s | 60 | 120.0 | – |" in text
+    assert report.ABOVE_ROOF in text
     assert "| one | 80.0 | 900 | 16.0 GiB |" in text
     assert "77.0" not in text
     assert "55.0" not in text
@@ -502,6 +534,30 @@ def test_what_tuning_writes_is_what_runs(table, capsys):
     assert all(row["us"] > row["us_library"] > 0 for row in written["library"])  # an interpreter beside a library
     assert library.faster(library.attention_kind(120, 64))
     assert len(capsys.readouterr().out.splitlines()) == len(written["attention"]) + len(written["library"])
+
+
+def _addresses(x) -> set[int]:
+    if isinstance(x, torch.Tensor):
+        return {x.data_ptr()}
+    parts = x if isinstance(x, tuple) else vars(x).values() if dataclasses.is_dataclass(x) else ()
+    return set().union(*map(_addresses, parts))
+
+
+@pytest.mark.parametrize("case", TINY_TUNED, ids=lambda case: case.key)
+def test_candidates_share_an_output(case, monkeypatch):
+    module, made = registry.OPS[case.op], []
+    launch = module.launch
+
+    def noted(*args, **options):
+        output, launches = launch(*args, **options)
+        made.append(output)  # kept, so that no address comes again
+        return output, [] if len(made) < 3 else launches  # the runs that are timed need not calculate
+
+    monkeypatch.setattr(module, "launch", noted)
+    assert tune.tune(case, CPU, 1e-9, print) is not None
+    one, two, judged = map(_addresses, made)
+    assert one == two
+    assert not one & judged  # else a tile that writes nothing would have another's result
 
 
 @pytest.mark.parametrize("case", TINY_TUNED, ids=lambda case: case.key)

@@ -39,7 +39,7 @@ def parse(*arguments: str) -> Spec:
 def test_contestants_compute_the_same_function() -> None:
     with torch.inference_mode():
         tensors = dict(RandomWeights(TINY, torch.float32, "cpu"))
-        velocities = [build(SPEC, tensors)() for build in step.CONTESTANTS.values()]
+        velocities = [build(SPEC, tensors)[name]() for name, build in step.CONTESTANTS.items()]
     assert [v.shape for v in velocities] == [(2, 13, 16)] * 3
     assert agreement(velocities[1], velocities[0]) == 0
     assert agreement(velocities[0], velocities[2]) < 1e-5
@@ -60,7 +60,7 @@ def test_a_precision_quantises_the_blocks(precision: str) -> None:
     with torch.inference_mode():
         tensors = dict(RandomWeights(TINY, torch.bfloat16, "cpu"))
         quantised, dense = (
-            step.fluxkiln_call(s, tensors)() for s in (spec, dataclasses.replace(spec, precision="bf16"))
+            step.fluxkiln_runs(s, tensors)["fluxkiln"]() for s in (spec, dataclasses.replace(spec, precision="bf16"))
         )
     assert 0.01 < agreement(quantised, dense) < step.AGREEMENT[precision]
 
@@ -76,10 +76,20 @@ def test_contestants_take_turns() -> None:
     assert [len(values) for values in seconds.values()] == [3, 3]
 
 
-def test_a_peer_that_computes_something_else_stops_it(monkeypatch: pytest.MonkeyPatch, unmeasured_memory: None) -> None:
-    theirs = step.diffusers_call
+def test_one_model_runs_the_call_and_the_step(monkeypatch: pytest.MonkeyPatch, unmeasured_memory: None) -> None:
+    built: list[Spec] = []
+    build = step._transformer
+    monkeypatch.setattr(step, "_transformer", lambda spec, tensors: built.append(spec) or build(spec, tensors))
+    result = step.measure(SPEC, rounds=1)
+    assert built == [SPEC]
+    assert list(result["contestants"]) == ["fluxkiln", "fluxkiln step"]
+    assert all(values["seconds"] > 0 for values in result["contestants"].values())
 
-    def wrong(spec: Spec, tensors: Any) -> Callable[[], Tensor]:
+
+def test_a_peer_that_computes_something_else_stops_it(monkeypatch: pytest.MonkeyPatch, unmeasured_memory: None) -> None:
+    theirs = step.diffusers_runs
+
+    def wrong(spec: Spec, tensors: Any) -> dict[str, Callable[[], Tensor]]:
         return theirs(spec, dict(tensors) | {"img_in.bias": torch.ones(128)})
 
     monkeypatch.setitem(step.CONTESTANTS, "diffusers", wrong)

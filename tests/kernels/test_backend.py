@@ -1,6 +1,10 @@
 """The whole graph on the Triton kernels, interpreted, against diffusers' own model and against eager's error."""
 
+import contextlib
 import dataclasses
+import gc
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from fluxkiln.kernels import eager_ops
 from fluxkiln.kernels.backend import Arena, CapturedStep, Triton, compile_step, native_arch, triton_ops
 from fluxkiln.kernels.compile import no_gpu
 from fluxkiln.kernels.language import Launch, jit, tl
+from fluxkiln.kernels.layers import Linear, Streams
 from fluxkiln.kernels.recipe import RECIPES, Recipe
 from fluxkiln.quantize import Layers
 from fluxkiln.transformer import Transformer
@@ -177,6 +182,27 @@ def test_the_arena_grows_and_serves_the_smaller_from_the_larger():
     assert arena.of("other", torch.device("cpu"))("y", (2, 3), torch.float32).data_ptr() != again.data_ptr()
 
 
+def _tensors(x):
+    if isinstance(x, torch.Tensor):
+        return [x]
+    parts = x if isinstance(x, tuple | list) else vars(x).values() if dataclasses.is_dataclass(x) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "nvfp4"])
+def test_packed_layers_keep_nothing_else_alive(path, precision):
+    _, _, model = models(path, RECIPES[precision], 120)
+    held = _tensors((model.embed, model.double_blocks, model.single_blocks, model.final))
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+    assert sum(storages.values()) == sum(tensor.nbytes for tensor in held)
+
+
+def test_a_whole_weight_is_packed_in_place():
+    weight = torch.zeros(32, 64, dtype=torch.bfloat16)
+    layer = Triton("cpu", arch=90).pack(Streams((Linear(weight, torch.zeros(32).bfloat16()),)))
+    assert layer.weight.data_ptr() == weight.data_ptr()
+
+
 def test_sizes_that_no_kernel_takes_go_to_the_library(tmp_path):
     path = saved(tmp_path, config_of(64, 1, context_in_dim=40))  # 40 is no multiple of 16
     truth, eager, triton = models(path, RECIPES["bf16"], 90)
@@ -266,14 +292,29 @@ def test_the_architecture_is_the_devices_or_its_nearest_relatives(monkeypatch):
 
 
 def test_a_call_that_no_kernel_takes_says_why():
-    from fluxkiln.kernels.layers import Linear, Streams
-
     ops = Triton("cpu", arch=90)
     layer = ops.pack(Streams((Linear(torch.zeros(32, 64), torch.zeros(32)),)))
     with pytest.raises(ValueError, match="linear_gelu: the kernels compute in bf16 or fp16, the model's dtype is"):
         ops.linear_gelu(torch.zeros(1, 4, 64), layer, 0)
     with pytest.raises(ValueError, match="takes K = 64, got 48"):
         ops.linear_gelu(torch.zeros(1, 4, 48), layer, 0)
+
+
+def test_a_captured_step_keeps_its_model(path, monkeypatch):
+    """Its graph reads the weights, whatever else becomes of the model."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: stream)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, **options: contextlib.nullcontext())
+    truth, _, model = models(path, RECIPES["bf16"], 90)
+    captured, kept = CapturedStep(model, *in_dtype(step_inputs(truth), torch.bfloat16)), weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is not None
+    del captured
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.gpu

@@ -80,6 +80,19 @@ def test_models_are_refused_with_the_reason(change, reason):
     assert got is None if reason is None else reason in got
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6)])
+def test_attention_in_fp8_is_refused_where_its_products_are(capability, monkeypatch):
+    monkeypatch.setattr(registry, "unavailable", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    model = {"head_dim": 64, "hidden_size": 128, "device": torch.device("cuda"), "dtype": torch.bfloat16}
+    got = registry.refuse_model(**model, recipe=Recipe("x", attention="fp8"))
+    assert got is not None
+    assert "attention: FP8 tensor cores begin with sm_89" in got
+    assert registry.refuse_model(**model, recipe=RECIPES["bf16"]) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert registry.refuse_model(**model, recipe=Recipe("x", attention="fp8")) is None
+
+
 def test_a_machine_without_what_triton_needs_is_told_the_remedy(monkeypatch):
     import triton
 
