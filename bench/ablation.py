@@ -173,10 +173,10 @@ def run(args: argparse.Namespace) -> int:
         options = image.model_options(args)
         return fluxkiln.load_transformer(image.source(args), recipe=recipe, **options)
 
-    heading = ("one step", f"{args.steps} steps", "PSNR", "SSIM", "FLIP", "right")
+    settings = Settings(image.steps(args), args.guidance, args.seed)
+    heading = ("one step", f"{settings.steps or 'all'} steps", "PSNR", "SSIM", "FLIP", "right")
     if not args.json:
         print(f"{'quantised':24} " + " ".join(f"{cell:>9}" for cell in heading))
-    settings = Settings(args.steps, args.guidance, args.seed)
     results: dict[str, Any] = {
         "suite": args.suite,
         "model": image.source(args),

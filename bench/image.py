@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 SHAPES_NOTE = "The shapes model is tiny: what a precision or kernel does to it does not transfer to 12 B parameters."
 DTYPES = ("fp32", "bf16")
+BUNDLED_STEPS = 12
 COMMON = ("parts", "variant", "backend", "precision", "dtype", "device", "plan", "coverage", "versions", "determinism")
 
 
@@ -168,7 +169,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="of everything but the block linears")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=at_least_one, help="default: the model's own, of the bundled one 12")
     parser.add_argument("--seed", type=int, default=0, help="the n-th item of the suite has this seed plus n")
     parser.add_argument("--size", type=pixels, metavar="WxH", help="of pictures whose item does not say, in pixels")
     parser.add_argument("--limit", type=at_least_one, help="only so many items of each category")
@@ -188,6 +189,11 @@ def open_model(args: argparse.Namespace) -> Pipeline:
 def source(args: argparse.Namespace) -> str:
     """What the transformer is opened from."""
     return args.transformer or args.model or DEFAULT_MODEL
+
+
+def steps(args: argparse.Namespace) -> int | None:
+    """Of the denoising; None leaves it to the pipeline."""
+    return args.steps or (BUNDLED_STEPS if source(args) == DEFAULT_MODEL else None)
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -268,7 +274,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     items = select(args)
     pairs = itertools.product(args.guidance, args.true_cfg_scale)
-    sweep = [Settings(args.steps, guidance, args.seed, cfg, args.negative_prompt) for guidance, cfg in pairs]
+    sweep = [Settings(steps(args), guidance, args.seed, cfg, args.negative_prompt) for guidance, cfg in pairs]
     if len(sweep) > 1 and (args.reference or args.floor or args.sheet or args.step_errors):
         wanted = "--reference, --floor, --sheet and --step-errors go"
         raise ValueError(f"{wanted} with one --guidance and one --true-cfg-scale")
@@ -338,6 +344,7 @@ def _one(
         "backend": args.peer or args.backend,
         "precision": args.precision,
         **{name: getattr(settings, name) for name in Settings.__dataclass_fields__},
+        "steps": made[0]["record"]["request"]["num_inference_steps"],
         "summary": scoring.summarize(rows),
         "latency": {kind: latency(some, args.gpu_hour_price) for kind, some in kinds.items() if some},
         "items": rows,
@@ -346,6 +353,8 @@ def _one(
     }
     if found := scoring.rewards(rows):
         results["image_reward"] = found
+    if (whole := scoring.sequences(items, rows)) is not None:
+        results["sequences"] = whole
     if source(args) == DEFAULT_MODEL:
         results["note"] = SHAPES_NOTE
 
@@ -385,6 +394,9 @@ def _others(args: argparse.Namespace) -> list[Path]:
 def _print(args: argparse.Namespace, results: dict[str, Any]) -> None:
     nothing = "nothing to judge by: no item has a scene, or a text that --ocr reads"
     print(scoring.table(results["summary"]) if results["summary"] else nothing)
+    if whole := results.get("sequences"):
+        low, high = whole["interval"]
+        print(f"right in every turn: {whole['right']} of {whole['n']} sequences ({low:.1%} – {high:.1%})")
     lines = {name: results.get(name) for name in ("fidelity", "noise_floor", "step_errors", "image_reward")}
     lines |= {f"seconds, {kind}": seconds for kind, seconds in results["latency"].items()}
     for name, scores in lines.items():

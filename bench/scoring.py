@@ -127,6 +127,19 @@ def _share(values: Sequence[bool]) -> float:
     return sum(values) / len(values)
 
 
+def sequences(items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of chains of edits, each of the picture before it, how many are right in every turn; None without any."""
+    right, whole = {row["id"]: row["ok"] for row in rows if "ok" in row}, dict[str, bool]()
+    followed = {item.follows for item in items}
+    for item in items:  # an item follows one of an earlier line
+        if item.id in right:
+            whole[item.id] = right[item.id] and whole.get(item.follows or "", True)
+    ends = [whole[item.id] for item in items if item.follows and item.id not in followed and item.id in whole]
+    if not ends:
+        return None
+    return {"n": len(ends), "right": sum(ends), "interval": metrics.wilson(sum(ends), len(ends))}
+
+
 def rewards(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Mean ImageReward of each category and of all, where the rows have it."""
     groups: dict[str, list[float]] = {}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -245,6 +246,21 @@ def _colors_in(pixels: Pixels, region: Mask) -> tuple[NDArray[np.int64], Mask, l
     return labels, pure, solid, muddy
 
 
+def _strange(pixels: Pixels, paints: Sequence[int]) -> int:
+    """How many of the pixels `[n, 3]` are neither one of the paints nor a mixture of two."""
+    nearest = np.full(len(pixels), np.inf, np.float32)
+    for a, b in itertools.combinations_with_replacement(paints, 2):
+        nearest = np.minimum(nearest, _off_way(pixels.astype(np.float32), _PALETTE[a], _PALETTE[b]))
+    return int((nearest > NOT_BACKGROUND).sum())
+
+
+def _off_way(pixels: NDArray[np.float32], first: NDArray[np.float32], last: NDArray[np.float32]) -> NDArray[np.float32]:
+    """RGB distance of pixels `[..., 3]` from the way between two colours, each `[3]` or of the pixels' shape."""
+    way = last - first
+    share = ((pixels - first) * way).sum(-1) / np.maximum((way * way).sum(-1), 1)
+    return np.linalg.norm(pixels - first - np.clip(share, 0, 1)[..., None] * way, axis=-1)
+
+
 def _stripes(labels: NDArray[np.int64], region: Mask, pure: Mask) -> tuple[int, int] | None:
     """(own colour, colour between) if the region is made of horizontal stripes with white or black between.
 
@@ -318,7 +334,9 @@ def find_things(pixels: Pixels, background: Background) -> tuple[list[Found], fl
             dirt += float(region.sum())
             continue
         labels, pure, solid, muddy = _colors_in(pixels, region)
+        core = erode(erode(region))  # without the rim, which is mixed with what is behind
         if stripes := _stripes(labels, region, pure):
+            dirt += _strange(pixels[core], stripes)
             thing = _measure(pixels, region, stripes, colors, "striped")
             if {_NAMES[value] for value in stripes} == {"white", "black"}:  # the own colour crosses the centre
                 row = min(int(thing.y * height), height - 1)
@@ -329,7 +347,7 @@ def find_things(pixels: Pixels, background: Background) -> tuple[list[Found], fl
         if not solid or (len(solid) == 1 and (labels[region] == solid[0]).mean() < 0.5):
             dirt += float(region.sum())
             continue
-        dirt += muddy
+        dirt += max(muddy, _strange(pixels[core], solid))
         if len(solid) == 1:
             found.append(_measure(pixels, region, (solid[0],), colors))
         else:  # things that touch, or one in front of another
@@ -337,6 +355,8 @@ def find_things(pixels: Pixels, background: Background) -> tuple[list[Found], fl
                 for part in components(region & (labels == value)):
                     if part.sum() >= smallest and erode(part).any():
                         found.append(_measure_part(pixels, part, region, labels, value, colors))
+                    else:  # where two others meet, they are mixed
+                        dirt += _strange(pixels[core & part], [other for other in solid if other != value])
     return found, dirt / (height * width)
 
 
@@ -394,11 +414,9 @@ def not_word(pixels: Pixels, background: Background, letters: int, color: str) -
     half, tall = letters * side * LETTER_CELL / 2 + 1, 3.5 * side * LETTER_DOT + 1
     rows, columns = (np.abs(np.arange(n) + 0.5 - n / 2) for n in (height, width))
     place = np.ix_(rows <= tall, columns <= half)
-    expected = ground.copy()
-    way = _PALETTE[_NAMES.index(color)] - ground[place]
-    share = ((pixels[place] - ground[place]) * way).sum(-1) / np.maximum((way * way).sum(-1), 1)
-    expected[place] += np.clip(share, 0, 1)[..., None] * way
-    return float((np.linalg.norm(pixels - expected, axis=-1) > NOT_BACKGROUND).mean())
+    off = np.linalg.norm(pixels - ground, axis=-1)
+    off[place] = _off_way(pixels[place].astype(np.float32), ground[place], _PALETTE[_NAMES.index(color)])
+    return float((off > NOT_BACKGROUND).mean())
 
 
 def _dots(total: NDArray[np.floating], left: float, top: float, dot: float) -> NDArray[np.floating]:

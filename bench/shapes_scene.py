@@ -44,6 +44,7 @@ RELATION_CELLS = {
     "below": ("bottom", "top"),
     "inside": ("center", "center"),
 }
+TURNED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # Centres of n equal things, as fractions of the sides.
 COUNT_CENTERS: dict[int, tuple[tuple[float, float], ...]] = {
     2: ((0.25, 0.5), (0.75, 0.5)),
@@ -207,10 +208,25 @@ class Scene:
         things = (f"{thing.color} {thing.shape}" for thing in self.things)
         return " | ".join((background, self.relation or "", *things, *places))
 
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Every combination that asks for this picture: of two things beside each other, either may come first.
+
+        Two of one colour are counted, and in no relation.
+        """
+        relation = self.relation
+        if len(self.things) == 2 and self.things[0].color != self.things[1].color:
+            cells = tuple(thing.cell for thing in self.things)
+            relation = relation or next((name for name, at in RELATION_CELLS.items() if at == cells), None)
+        if relation not in TURNED:
+            return (self.combination,)
+        turned = self.replace(things=self.things[::-1], relation=TURNED[relation])
+        return tuple(dict.fromkeys(s.combination for s in (self, self.replace(relation=relation), turned)))
+
 
 def held_out(combination: str) -> bool:
     """True for one combination in `HELD_OUT`: training asks for none of these and shows none, the benchmark asks for no
-    others."""
+    others, in whatever way."""
     return int.from_bytes(hashlib.sha256(combination.encode()).digest()[:8], "big") % HELD_OUT == 0
 
 

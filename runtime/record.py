@@ -358,6 +358,7 @@ def versions(device: torch.device | str = "cpu") -> dict[str, str]:
     import torch
 
     import fluxkiln
+    from fluxkiln.kernels import tiles
 
     device = torch.device(device)
     found = {"fluxkiln": fluxkiln.__version__, "python": platform.python_version(), "torch": torch.__version__}
@@ -373,6 +374,8 @@ def versions(device: torch.device | str = "cpu") -> dict[str, str]:
             "cuda": torch.version.cuda or "none",
             "driver": _driver(),
         }
+        if tiles.MEASURED.is_file():  # another tile is another order of sums
+            found["tiles"] = hashlib.sha256(tiles.MEASURED.read_bytes()).hexdigest()[:12]
     else:
         # A matrix product on a CPU is split over its threads, and its instruction set decides the order of sums.
         capability = torch.backends.cpu.get_cpu_capability()

@@ -47,7 +47,8 @@ class Painter:
         key = json.dumps([self.version, self.wrong, self.weights, prompt, seen, options], sort_keys=True, default=str)
         timings = {"text": 0.1, "encode": 0.0, "modulate": 0.1, "steps": [0.2, 0.3], "decode": 0.1, "total": 1.0}
         parts = [{"name": "transformer", "identity": self.weights}]
-        said = json.dumps({"timings": timings, "backend": "painter", "parts": parts})
+        asked = {"num_inference_steps": options["num_inference_steps"] or 28}
+        said = json.dumps({"request": asked, "timings": timings, "backend": "painter", "parts": parts})
         record = SimpleNamespace(key=key, to_json=lambda: said)
         if dry_run:
             return SimpleNamespace(images=[], record=record)

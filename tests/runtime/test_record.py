@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from fluxkiln.kernels import tiles
 from fluxkiln.record import (
     DETERMINISM,
     ORIENTATION,
@@ -239,6 +241,19 @@ def test_versions_are_those_installed() -> None:
     found = versions("cpu")
     assert found["torch"] == torch.__version__
     assert {"fluxkiln", "python", "numpy", "pillow", "transformers", "cpu"} <= found.keys()
+
+
+def test_measured_tiles_are_a_version_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.setattr(tiles, "MEASURED", tmp_path / "tiles.json")
+    found = [versions("cuda")]
+    for text in ("{}", "[]"):
+        tiles.MEASURED.write_text(text)
+        found.append(versions("cuda"))
+    assert "tiles" not in found[0]
+    assert len({version.pop("tiles", None) for version in found}) == 3
+    assert found[0] == found[1] == found[2]
 
 
 def test_printed_it_is_a_page() -> None:

@@ -260,6 +260,45 @@ def test_a_thing_of_no_color_is_of_none(shape: str, style: str) -> None:
             assert not shapes_judge.judge(wrong, scene).ok
 
 
+def _scribbles(rng: Random, pixels: np.ndarray, thing: Thing, colors: list[str]) -> dict[str, np.ndarray]:
+    """What does not belong on a thing, over less than half of it."""
+    height, width, _ = pixels.shape
+    side = min(height, width)
+    ys, xs = np.mgrid[:height, :width] + 0.5
+    far = np.hypot(ys - thing.y * height, xs - thing.x * width) / side
+    lines = (ys % (side / 12) < side / 32) & (far < 0.8 * thing.radius)
+    speckles = (np.random.default_rng(rng.randrange(99)).random((height, width)) < 0.4) & (far < 0.8 * thing.radius)
+    marks = {"spot": far < 0.07, "lines": lines, "speckles": speckles}
+    return {name: np.where(mark[..., None], COLORS[rng.choice(colors)], pixels) for name, mark in marks.items()}
+
+
+@pytest.mark.parametrize("style", ["plain", "striped"])
+@pytest.mark.parametrize("shape", ["circle", "square", "diamond"])
+def test_what_is_drawn_on_a_thing_is_seen(shape: str, style: str) -> None:
+    """Neither where it is a thing of its own, nor where it is too thin or too little for one."""
+    rng = Random(f"{shape} {style}")
+    for side, color in itertools.product((64, 128), ("purple", "blue", "white")):
+        scene = Scene(Background("plain", "green"), (Thing.of(shape, color, "large", style=style),))
+        pixels, thing = _pixels(scene, side, side), scene.things[0]
+        assert shapes_judge.judge(pixels, scene).ok
+        for name, wrong in _scribbles(rng, pixels, thing, ["red", "yellow", "orange"]).items():
+            assert not shapes_judge.judge(wrong.astype(np.uint8), scene).ok, (name, side, color)
+
+
+@pytest.mark.parametrize("stain", ["red", "white"])
+def test_a_stain_on_one_thing_behind_another_is_seen(stain: str) -> None:
+    """Of a third colour, or of the other thing's."""
+    for side in (64, 128):
+        looks = [("circle", "white", "medium"), ("square", "purple", "large")]
+        scene = Scene(Background("plain", "green"), things_in_relation("inside", looks), "inside")
+        pixels = _pixels(scene, side, side).copy()
+        assert shapes_judge.judge(pixels, scene).ok
+        outer = scene.things[1]
+        y, x = (round((at - 0.72 * outer.radius) * side) for at in (outer.y, outer.x))
+        pixels[y : y + side // 12, x : x + side // 12] = COLORS[stain]
+        assert not shapes_judge.judge(pixels, scene).ok, side
+
+
 def test_an_edit_must_leave_the_rest_alone() -> None:
     before = Scene(Background("plain", "blue"), (Thing.of("circle", "red", "small", "left"),))
     after = before.replace(things=(before.things[0].replace(color="green"),))

@@ -11,6 +11,11 @@ from shapes import measure
 
 from fluxkiln.cli import _parse
 
+ITEMS = [
+    {"id": "free-0"},
+    {"id": "single-0", "ok": True, "checks": {"shape": True}},
+    {"id": "single-1", "ok": False, "checks": {"shape": True, "color": False, "size": False}},
+]
 PUBLISHED = Path(__file__).parents[2] / "bench" / "results" / "image"
 
 
@@ -33,10 +38,12 @@ def _run(monkeypatch: pytest.MonkeyPatch, folder: Path, fails: str = "") -> list
             sweep = [args.out / f"cfg-{scale:g}" for scale in args.true_cfg_scale]
         for one in sweep:
             one.mkdir(parents=True, exist_ok=True)
-            (one / "results.json").write_text(json.dumps({"items": [1], "suite": args.suite, "size": str(args.size)}))
+            (one / "results.json").write_text(json.dumps({"items": ITEMS, "suite": args.suite, "size": str(args.size)}))
         return 0
 
     monkeypatch.setattr(measure, "fluxkiln", fluxkiln)
+    items = [item for item in measure.suite.load("shapes") if item.id in ("single-000", "add-000")]
+    monkeypatch.setattr(measure.suite, "load", lambda name: items)
     monkeypatch.setattr(sys, "argv", ["measure", "--runs", str(folder / "runs"), "--out", str(folder)])
     measure.main()
     return calls
@@ -51,6 +58,12 @@ def test_it_writes_what_is_published_and_nothing_else(monkeypatch: pytest.Monkey
     sizes = json.loads((tmp_path / "shapes-sizes.json").read_text())
     assert len({entry["size"] for entry in sizes.values()}) == len(measure.SIZES)
     assert "items" not in sizes["64x128"]
+    assert sizes["64x128"]["wrong"] == {"single-1": ["color", "size"]}
+    true = json.loads((tmp_path / "shapes-autoencoder.json").read_text())
+    assert {name: entry["right"] for name, entry in true["summary"].items()} == dict.fromkeys(true["summary"], 1) | {
+        "all": 2
+    }
+    assert true["wrong"] == {}
     assert json.loads((tmp_path / "shapes-turns.json").read_text())["suite"] == "shapes-turns"
     asked = [argv[argv.index("--out") + 1] for argv in calls]
     for argv in calls:

@@ -138,10 +138,9 @@ def test_the_denoiser_goes_on_where_it_was_on_its_own_paths_too(
     monkeypatch.setattr(rollouts.Rollouts, "roll", watched)
     monkeypatch.setattr(rollouts, "STEPS", (2, 3))
     monkeypatch.setattr(denoiser, "average_gradients", lambda parameters: None)
-    monkeypatch.setattr(plot, "curves", lambda run: None)  # two steps are too few to log
     monkeypatch.setattr(portions, "TOKENS", 250)
     own = [portions.Portion(kinds, 0.4, own=True) for kinds in (portions.PROMPTS, portions.SHORT_EDITS)]
-    monkeypatch.setattr(denoiser, "portions", lambda step, rank, args: own)
+    monkeypatch.setattr(denoiser, "portions_of", lambda step, rank, args: own)
     torch.manual_seed(0)
     encoder, t5 = Autoencoder(model.AUTOENCODER).state_dict(), model.Denoiser(tokenizers).t5.state_dict()
 
@@ -201,7 +200,9 @@ def test_one_command_trains_resumes_and_writes_a_pipeline(tmp_path: Path) -> Non
     first = torch.load(tmp_path / "run" / "denoiser.pt")
     command("run", "out", 4)
     assert [entry["step"] for entry in logged("run") if entry["stage"] == "denoiser"] == [3, 4]
+    assert [entry["of"] for entry in logged("run") if entry["stage"] == "denoiser"] == [3, 4]
     assert sum(entry["stage"] == "reading" for entry in logged("run")) == 1  # not done again
+    assert (tmp_path / "run" / "loss.png").is_file()
     command("again", "better", 3, "--start", str(tmp_path / "out"))
     assert [(entry["stage"], entry["step"]) for entry in logged("again")] == [("denoiser", 3)]
     encoders = [model.load_pipeline(tmp_path / out)[1].encoder.state_dict() for out in ("out", "better")]

@@ -33,7 +33,7 @@ _EDITS = [portions.SHORT_EDITS, portions.LONG_EDITS]
     ],
 )
 def test_a_step_draws_the_kinds_of_its_phase(step: int, rank: int, drawn: list) -> None:
-    phase = portions.portions(step, rank, Namespace(edits_from=10, own_from=20))
+    phase = portions.portions_of(step, rank, Namespace(edits_from=10, own_from=20))
     assert [portion.kinds for portion in phase] == drawn
     assert [portion.own for portion in phase] == [step == 20 and kinds != portions.OTHER_SIZES for kinds in drawn]
 
@@ -151,7 +151,7 @@ def test_places_on_own_paths_are_where_eulers_steps_lead(
             assert batch.reference is not None
             assert torch.equal(batch.reference[n], pool.latents[0][i, 1].float())
     monkeypatch.setattr(paths, "batch", lambda n, rng: places)
-    wanted = portions.own(paths, 60, rng)
+    wanted = portions.on_own_paths(paths, 60, rng)
     torch.testing.assert_close(img - t[:, None, None] * wanted.velocity, batch.target)
 
 
@@ -169,7 +169,7 @@ def test_late_places_on_own_paths_count_by_the_picture(
     for at, counts_at in ((0.9, 0.9), (0.5, 0.5), (0.4, 0.4), (0.2, 0.4), (0.1, 0.4)):
         img, t = batch.target + torch.randn(batch.target.shape), torch.full((3,), at)
         paths = SimpleNamespace(batch=lambda n, rng, img=img, t=t: (batch, img, t))
-        places = portions.own(paths, 3, Random(0))
+        places = portions.on_own_paths(paths, 3, Random(0))
         error = (img - batch.target).square().mean().item()
         loss = velocity_loss(denoiser, still, places, 32, noise).item()
         assert loss == pytest.approx(error / counts_at**2, rel=1e-4)

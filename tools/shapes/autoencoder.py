@@ -135,7 +135,7 @@ def train(
         done = step + 1
         total += error.item()
         if done % 100 == 0:
-            log(stage=path.stem, step=done, loss=total / 100, seconds=time.time() - began)
+            log(stage=path.stem, step=done, of=steps, loss=total / 100, seconds=time.time() - began)
             total = 0.0
         if done % workers.SAVE_EVERY == 0 and done < steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": done}

@@ -74,13 +74,31 @@ class Sample:
     @property
     def combination(self) -> str:
         """The held-out unit: a scene for text to image; where it came from and what became of it for an edit."""
+        return self.ways[0]
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Every combination that asks for the same; the order of two things says which of them is meant, or nothing."""
         if self.before is None:
-            return self.scene.combination
-        return f"{self.kind}: {self.before.combination} -> {self.scene.combination}"
+            return self.scene.ways
+        pairs = [(self.before, self.scene)]
+        if self.kind == "remove":  # what goes comes first
+            things = sorted(self.before.things, key=lambda thing: thing in self.scene.things)
+            pairs = [(self.before.replace(things=tuple(things)), self.scene)]
+        elif self.kind == "background":
+            pairs.append(tuple(scene.replace(things=scene.things[::-1]) for scene in pairs[0]))
+        return tuple(dict.fromkeys(f"{self.kind}: {a.combination} -> {b.combination}" for a, b in pairs))
 
     @property
     def held_out(self) -> bool:
-        return held_out(self.combination)
+        """In all ways: one that is trained on in another is none for the benchmark."""
+        return all(map(held_out, self.ways))
+
+    @property
+    def shows_held_out(self) -> bool:
+        """What it asks for is held out in some way, or a picture of it is."""
+        scenes = [scene for scene in (self.before, self.scene) if scene is not None]
+        return any(map(held_out, (*self.ways, *(way for scene in scenes for way in scene.ways))))
 
 
 def _article(phrase: str) -> str:

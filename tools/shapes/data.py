@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fluxkiln.autoencoder import Autoencoder
-from fluxkiln.bench.shapes_scene import Scene, draw, held_out
+from fluxkiln.bench.shapes_scene import Scene, draw
 
 from . import captions
 from .model import pack
@@ -36,10 +36,9 @@ def training_sample(rng: Random, edit: bool) -> captions.Sample:
     """
     while True:
         sample = captions.edit(rng) if edit else captions.text_to_image(rng)
-        scenes = [scene for scene in (sample.before, sample.scene) if scene is not None]
-        if sample.held_out or any(held_out(scene.combination) for scene in scenes):
+        if sample.shows_held_out:
             continue
-        if not edit or any(map(_patterned, scenes)) or rng.random() < 0.5:
+        if sample.before is None or any(map(_patterned, (sample.before, sample.scene))) or rng.random() < 0.5:
             return sample
 
 

@@ -15,12 +15,12 @@ from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import autoencoder as ae
-from . import plot, rollouts, workers
+from . import rollouts, workers
 from .data import Batch, Pool
 from .fast import Fast
 from .model import Denoiser, velocity
 from .muon import Muon, matrices
-from .portions import SHARES, USUAL, Places, has_tokens, joined, own, portions, straight, text_length
+from .portions import SHARES, USUAL, Places, has_tokens, joined, on_own_paths, portions_of, straight, text_length
 from .rollouts import Rollouts
 from .vocabulary import MAX_LENGTH
 from .workers import average_gradients
@@ -107,7 +107,7 @@ def train(rank: int, args: argparse.Namespace, log: Callable[..., None]) -> None
         rng = Random(f"{args.seed} {step} {rank}")
         noise = torch.Generator().manual_seed(rng.getrandbits(62))
         optimizer.zero_grad()
-        phase = portions(step, rank, args)
+        phase = portions_of(step, rank, args)
         if step == start or step % workers.SAVE_EVERY == 0:
             # As a run that goes on has them.
             drawn = {kind: Rollouts(pool) for kind, pool in pools.items() if kind.size == USUAL}
@@ -120,7 +120,7 @@ def train(rank: int, args: argparse.Namespace, log: Callable[..., None]) -> None
             own_paths = kind.samples // 2 if portion.own and kind in drawn else 0
             places = straight(pools[kind].batch(kind.samples - own_paths, rng), portion.early, noise)
             if own_paths:
-                places = joined(places, own(drawn[kind], own_paths, rng))
+                places = joined(places, on_own_paths(drawn[kind], own_paths, rng))
             work.append((places, text_length(kind, rng)))
         total_samples = sum(len(places.t) for places, _ in work)
         for places, length in work:
@@ -137,13 +137,12 @@ def train(rank: int, args: argparse.Namespace, log: Callable[..., None]) -> None
             continue
         done = step + 1
         if done % 50 == 0 or done == args.steps:
-            log(stage="denoiser", step=done, loss=total / (done - logged), seconds=time.time() - began)
+            log(stage="denoiser", step=done, of=args.steps, loss=total / (done - logged), seconds=time.time() - began)
             total, logged = 0.0, done
         if done % workers.SAVE_EVERY == 0 or done == args.steps:
             workers.save(average, run / f"average-{done:06}.pt")
             weights = {"model": model.state_dict(), "average": average}
             workers.save({**weights, "optimizer": optimizer.state_dict(), "step": done, "first": first}, path)
-            plot.curves(run)
 
 
 def load(run: Path, average: Path) -> Denoiser:

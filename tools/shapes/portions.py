@@ -70,7 +70,7 @@ class Portion(NamedTuple):
     own: bool = False
 
 
-def portions(step: int, rank: int, args: argparse.Namespace) -> list[Portion]:
+def portions_of(step: int, rank: int, args: argparse.Namespace) -> list[Portion]:
     """What a step is made of. What lies where is learned all at once, from enough of it in each step, or not at all.
 
     So it comes first, for all sizes together, mostly at times where it is decided: a size that is met later has to be
@@ -130,7 +130,7 @@ def straight(batch: Batch, early: float, noise: torch.Generator) -> Places:
     return Places(batch, img, t, x1 - batch.target, torch.ones_like(t))
 
 
-def own(paths: Rollouts, n: int, rng: Random) -> Places:
+def on_own_paths(paths: Rollouts, n: int, rng: Random) -> Places:
     """On `n` paths of the model's own: wanted is the velocity that leads to the picture from there.
 
     In it, an error of the picture is divided by the time. Below 0.4 that is made good: the last steps, in which the

@@ -168,7 +168,7 @@ def train(
         done = step + 1
         total += right
         if done % 50 == 0:
-            log(stage="reading", step=done, loss=loss.item(), right=total / 50)
+            log(stage="reading", step=done, of=steps, loss=loss.item(), right=total / 50)
             total = 0.0
         if done % workers.SAVE_EVERY == 0 and done < steps:
             workers.save({"model": both.state_dict(), "optimizer": optimizer.state_dict(), "step": done}, partial)

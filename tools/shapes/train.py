@@ -26,7 +26,7 @@ from fluxkiln.cli import at_least_one
 from fluxkiln.hub import BUNDLED, resolve
 
 from . import autoencoder as ae
-from . import denoiser, reading, workers
+from . import denoiser, plot, reading, workers
 from .model import load_pipeline, save_pipeline, save_tokenizers
 from .muon import Muon, matrices
 
@@ -35,6 +35,7 @@ def log(run: Path, **entry: float | str) -> None:
     with open(run / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
     print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()), flush=True)
+    plot.curves(run)
 
 
 def train_autoencoder(args: argparse.Namespace) -> None:
