@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from painter import ITEMS, SCENE, TURNS, Painter, suite_file
+from painter import AFTER, ITEMS, SCENE, TURNS, Painter, suite_file
 from PIL import Image
 
 from fluxkiln.bench import ablation, fidelity, image, learned, scoring, suite
@@ -115,6 +115,50 @@ def test_turns_edit_what_the_turn_before_made(tmp_path: Path) -> None:
     rows = scoring.measure(TURNS, tmp_path)
     assert [row["checks"]["identity"] for row in rows] == [False, False]
     assert rows[1]["checks"]["unchanged"]
+
+
+def test_a_sequence_is_right_if_every_turn_of_it_is() -> None:
+    def chain(name: str, *turns: bool) -> list[tuple[suite.Item, bool]]:
+        before = [None, *(f"{name}{i}" for i in range(len(turns) - 1))]
+        return [
+            (suite.Item(f"{name}{i}", f"turn {i}", "", scene=AFTER, before=SCENE, follows=follows), ok)
+            for i, (follows, ok) in enumerate(zip(before, turns, strict=True))
+        ]
+
+    judged = [*chain("a", True, True, True), *chain("b", True, False, True), *chain("c", True, True), *chain("d", True)]
+    items = [item for item, _ in judged]
+    rows = [{"id": item.id, "ok": ok} for item, ok in judged]
+    found = scoring.sequences(items, rows)
+    assert found is not None
+    assert (found["n"], found["right"]) == (3, 2)  # a single edit is no sequence
+    assert scoring.sequences(items[-1:], rows[-1:]) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [([], 12), (["--steps", "3"], 3), (["--model", "x"], 28), (["--transformer", "x"], 28)],
+)
+def test_steps_are_the_models_own(painter: Painter, tmp_path: Path, options: list[str], steps: int) -> None:
+    """Twelve were enough for the bundled one; of any other, nobody wants the speed of another schedule."""
+    assert (
+        main(
+            [
+                *BENCH,
+                "--category",
+                "turn 1",
+                "--suite",
+                "shapes-turns",
+                "--limit",
+                "1",
+                "--out",
+                str(tmp_path),
+                *options,
+            ]
+        )
+        == 0
+    )
+    assert painter.calls[0]["num_inference_steps"] == (None if steps == 28 else steps)
+    assert json.loads((tmp_path / "results.json").read_text())["steps"] == steps
 
 
 def test_a_turn_needs_the_one_before(painter: Painter, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

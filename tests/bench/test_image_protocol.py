@@ -84,7 +84,11 @@ def test_a_peer_reads_as_many_tokens_as_we_do(guided: bool, length: int, monkeyp
     theirs = SimpleNamespace(**parts, set_progress_bar_config=lambda disable: None)
     theirs.to = lambda device: theirs
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda folder, dtype: theirs)
-    assert peers.DiffusersPipeline("shapes", device="cpu").length == length
+    pipe = peers.DiffusersPipeline("shapes", device="cpu")
+    assert pipe.length == length
+    assert json.loads(pipe("a", dry_run=True).record.to_json())["request"]["num_inference_steps"] == (
+        28 if guided else 4
+    )
 
 
 def test_a_peer_run_resumes(reference: Path, tmp_path: Path) -> None:
