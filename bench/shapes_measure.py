@@ -41,6 +41,7 @@ NOT_BACKGROUND = 40.0  # RGB distance from which a pixel is something else; any 
 PURE = 45.0  # RGB distance from a palette colour up to which a pixel is no mixture of two
 SPECK = 0.004  # of the area: less than that is dirt, and more dirt than that in all is a fault
 _HOLE = 0.12  # of what is painted, from which a thing is outlined
+_ASTRAY = 0.6  # of the way from background to ink: more than a letter's blur
 _ENOUGH = 128  # pixels of the shorter side; of more, nothing is seen that these do not show
 
 _NAMES = list(COLORS)
@@ -303,6 +304,11 @@ def _measure(
     return Found(shape, _NAMES[paint[0]], radius / min(height, width), x / width, y / height, style, overlap, whole)
 
 
+def _holes(part: Mask, region: Mask) -> int:
+    """How many pixels within a part show the background; what another thing of the region covers is no hole."""
+    return int((fill(part) & ~region).sum())
+
+
 def _measure_part(
     pixels: Pixels, part: Mask, region: Mask, labels: NDArray[np.int64], color: int, colors: NDArray[np.float32]
 ) -> Found:
@@ -321,14 +327,17 @@ def find_things(pixels: Pixels, background: Background) -> tuple[list[Found], fl
     """Everything in front of the background, and the share of the picture that is dirt."""
     height, width, _ = pixels.shape
     colors, edge = _expected(background, height, width)
-    different = np.linalg.norm(pixels - colors, axis=-1) > NOT_BACKGROUND
+    different, dirt = np.linalg.norm(pixels - colors, axis=-1) > NOT_BACKGROUND, 0.0
     if edge.any():  # a stripe's edge belongs to what is on both sides of it
         columns = np.flatnonzero(~edge)
         left = columns[np.maximum(np.searchsorted(columns, np.arange(width), "right") - 1, 0)]
         right = columns[np.minimum(np.searchsorted(columns, np.arange(width), "left"), len(columns) - 1)]
         different = different[:, left] & different[:, right]
+        seams = edge & ~dilate(dilate(different))
+        first, last = (_PALETTE[_NAMES.index(name)] for name in background.colors)
+        dirt += float((_off_way(pixels[seams].astype(np.float32), first, last) > NOT_BACKGROUND).sum())
     smallest = SPECK * height * width
-    found, dirt = [], 0.0
+    found: list[Found] = []
     for region in components(different):
         if region.sum() < smallest:
             dirt += float(region.sum())
@@ -336,7 +345,7 @@ def find_things(pixels: Pixels, background: Background) -> tuple[list[Found], fl
         labels, pure, solid, muddy = _colors_in(pixels, region)
         core = erode(erode(region))  # without the rim, which is mixed with what is behind
         if stripes := _stripes(labels, region, pure):
-            dirt += _strange(pixels[core], stripes)
+            dirt += _strange(pixels[core], stripes) + _holes(region, region)
             thing = _measure(pixels, region, stripes, colors, "striped")
             if {_NAMES[value] for value in stripes} == {"white", "black"}:  # the own colour crosses the centre
                 row = min(int(thing.y * height), height - 1)
@@ -350,11 +359,13 @@ def find_things(pixels: Pixels, background: Background) -> tuple[list[Found], fl
         dirt += max(muddy, _strange(pixels[core], solid))
         if len(solid) == 1:
             found.append(_measure(pixels, region, (solid[0],), colors))
+            dirt += _holes(region, region) if found[-1].style == "plain" else 0
         else:  # things that touch, or one in front of another
             for value in solid:
                 for part in components(region & (labels == value)):
                     if part.sum() >= smallest and erode(part).any():
                         found.append(_measure_part(pixels, part, region, labels, value, colors))
+                        dirt += _holes(part, region) if found[-1].style == "plain" else 0
                     else:  # where two others meet, they are mixed
                         dirt += _strange(pixels[core & part], [other for other in solid if other != value])
     return found, dirt / (height * width)
@@ -417,6 +428,30 @@ def not_word(pixels: Pixels, background: Background, letters: int, color: str) -
     off = np.linalg.norm(pixels - ground, axis=-1)
     off[place] = _off_way(pixels[place].astype(np.float32), ground[place], _PALETTE[_NAMES.index(color)])
     return float((off > NOT_BACKGROUND).mean())
+
+
+def ink_astray(pixels: Pixels, background: Background, word: str, color: str) -> float:
+    """Share of the picture that has ink where no dot of the word is, or none where one is, give or take a pixel."""
+    height, width, _ = pixels.shape
+    side, ground = min(height, width), _PALETTE[_NAMES.index(background.color)]
+    way = _PALETTE[_NAMES.index(color)] - ground
+    ink = np.clip(((pixels - ground) * way).sum(-1) / max(float((way * way).sum()), 1.0), 0, 1)
+    glyphs = dict(zip(*_glyphs(), strict=True))
+    dots = np.concatenate([glyphs.get(letter, np.zeros((7, 5), np.float32)) for letter in word], axis=1)
+    cell, dot = side * LETTER_CELL, side * LETTER_DOT
+    left = width / 2 - len(word) * cell / 2 + (cell - 5 * dot) / 2
+    lefts = (left + cell * np.arange(len(word))[:, None] + dot * np.arange(5)).ravel()
+    tops, least = height / 2 - 3.5 * dot + dot * np.arange(7), 1.0
+    for dx, dy in itertools.product((-1, -0.5, 0, 0.5, 1), repeat=2):
+        wanted = _spans(tops + dy, dot, height).T @ dots @ _spans(lefts + dx, dot, width)
+        least = min(least, float((np.abs(wanted - ink) > _ASTRAY).mean()))
+    return least
+
+
+def _spans(starts: NDArray[np.floating], length: float, n: int) -> NDArray[np.floating]:
+    """Share `[k, n]` of each of n pixels in a row that lies within each span of that length."""
+    at = np.arange(n)
+    return np.clip(np.minimum(starts[:, None] + length, at + 1) - np.maximum(starts[:, None], at), 0, 1)
 
 
 def _dots(total: NDArray[np.floating], left: float, top: float, dot: float) -> NDArray[np.floating]:

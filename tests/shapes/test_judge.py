@@ -285,6 +285,52 @@ def test_what_is_drawn_on_a_thing_is_seen(shape: str, style: str) -> None:
             assert not shapes_judge.judge(wrong.astype(np.uint8), scene).ok, (name, side, color)
 
 
+@pytest.mark.parametrize("style", ["plain", "striped"])
+def test_a_hole_is_none_of_a_things_styles_but_one(style: str) -> None:
+    """Smaller than an outline's, too."""
+    for side, shape in itertools.product((64, 128), ("circle", "square", "diamond", "triangle")):
+        scene = Scene(Background("plain", "green"), (Thing.of(shape, "purple", "large", style=style),))
+        hole = Thing(shape, "green", 0.065, 0.5, 0.51)
+        assert shapes_judge.judge(_pixels(scene, side, side), scene).ok
+        pierced = scene.replace(things=(*scene.things, hole))
+        assert not shapes_judge.judge(_pixels(pierced, side, side), scene).ok, (side, shape)
+
+
+@pytest.mark.parametrize("kind", ["single", "count"])
+def test_seams_between_stripes_are_of_these_stripes(kind: str) -> None:
+    for width, height in ((64, 64), (128, 64), (96, 96)):
+        background = Background("striped", "blue", "yellow")
+        things = (Thing.of("circle", "red", "small"),) if kind == "single" else ()
+        scene = Scene(background, things)
+        pixels = _pixels(scene, width, height).copy()
+        assert shapes_judge.judge(pixels, scene).ok
+        for i in range(1, 8):
+            pixels[:, round(i * width / 8) - 1 : round(i * width / 8) + 1] = COLORS["green"]
+        assert not shapes_judge.judge(pixels, scene).ok
+
+
+@pytest.mark.parametrize("side", [64, 96, 128])
+def test_marks_in_a_words_own_color_are_seen(side: int) -> None:
+    """Between its letters, through them, under them, and of dots that are missing in all of them."""
+    rng = Random(side)
+    for _ in range(20):
+        scene = captions.text_to_image(rng, "word").scene
+        pixels, ink = _pixels(scene, side, side), COLORS[scene.word_color]
+        assert shapes_judge.judge(pixels, scene).ok
+        cell, dot = side * LETTER_CELL, side // 32
+        left, top = round(side / 2 - len(scene.word) * cell / 2), round(side / 2 - 3.5 * dot)
+        right = round(left + len(scene.word) * cell)
+        barred, struck, underlined, pale = (pixels.copy() for _ in range(4))
+        for i in range(1, len(scene.word)):
+            at = round(left + i * cell)
+            barred[top : top + 7 * dot, at - dot // 2 : at - dot // 2 + dot] = ink
+        struck[round(top + 3.5 * dot) : round(top + 3.5 * dot) + dot, left:right] = ink
+        underlined[top + 7 * dot : top + 7 * dot + dot, left:right] = ink
+        pale[top + 5 * dot : top + 7 * dot] = COLORS[scene.background.color]
+        for name, wrong in {"barred": barred, "struck": struck, "underlined": underlined, "pale": pale}.items():
+            assert not shapes_judge.judge(wrong, scene).ok, (name, scene)
+
+
 @pytest.mark.parametrize("stain", ["red", "white"])
 def test_a_stain_on_one_thing_behind_another_is_seen(stain: str) -> None:
     """Of a third colour, or of the other thing's."""
