@@ -319,8 +319,7 @@ def _measure_part(
     if (around & region).sum() > 0.8 * around.sum():
         behind = np.bincount(labels[dilate(around) & ~whole & region], minlength=len(_NAMES)).argmax()
         under = np.broadcast_to(_PALETTE[behind], colors.shape)
-    seen_through = (whole & ~region).sum()  # what another thing covers is no hole
-    return _measure(pixels, part, (color,), under, "outlined" if seen_through > _HOLE * part.sum() else "plain")
+    return _measure(pixels, part, (color,), under, "outlined" if _holes(part, region) > _HOLE * part.sum() else "plain")
 
 
 def find_things(pixels: Pixels, background: Background) -> tuple[list[Found], float]:

@@ -34,8 +34,8 @@ def samples(seed: int = 2024) -> list[Sample]:
                 seen.add(sample.combination)
                 result.append(sample)
                 n -= 1
-    # What can be asked for in another way gives way to its like, of which every way is held out. The others stay: some
-    # were kept from whoever chose between weights.
+    # What can be asked for in another way gives way to its like, of which every way is held out. The others stay as
+    # they were: none of them is among the edits by which the bundled weights were chosen.
     other = Random(f"{seed} every way")
     return [sample if sample.held_out else _like(other, sample, seen) for sample in result]
 

@@ -1,4 +1,4 @@
-"""The tables of the bundled model's card and of docs/image-benchmark.md:
+"""What is published of the bundled model, for its card and docs/image-benchmark.md:
 
     python -m shapes.measure --runs RUNS --out ../bench/results/image          in tools/
 
