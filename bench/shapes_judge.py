@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fluxkiln.bench import metrics
 from fluxkiln.bench.shapes_measure import (
+    NOT_BACKGROUND,
     SPECK,
     Found,
     Mask,
@@ -22,10 +23,13 @@ from fluxkiln.bench.shapes_measure import (
     not_word,
     read_word,
     reduced,
+    unexplained,
+    widened,
 )
 from fluxkiln.bench.shapes_scene import OUTLINE_SCALE, Background, Scene, Thing, outline
 
 SHAPE_OVERLAP = 0.80  # intersection over union with the ideal outline, at least
+BLEMISH = 0.06  # of a thing's area that is unexplained, on it or beside it, at most
 RADIUS_RATIO = 1.16  # halfway (in logarithms) to the next size
 PLACE = 0.09  # of the sides: less than halfway to the next of the nine cells
 UNCHANGED_PSNR = 30.0  # dB, of what an edit should have left alone
@@ -85,6 +89,22 @@ def _pair_up(found: list[Found], scene: Scene) -> list[tuple[Found, Thing]]:
     return min(orders, key=lambda pairs: sum(map(unlike, pairs)))
 
 
+def _clean(pixels: Pixels, background: Background, things: list[Found]) -> bool:
+    """Whether what was found is all that there is: of the picture, and of each thing and what is right beside it.
+
+    Of what is fainter, the ghost of a thing or the steps of a gradient, there may be three times as much.
+    """
+    off, side = unexplained(pixels, background, things), min(pixels.shape[:2])
+    stray = off > NOT_BACKGROUND
+
+    def spoilt(thing: Found) -> bool:
+        area = thing.mask.sum() * (1 - OUTLINE_SCALE**2 if thing.style == "outlined" else 1)
+        return bool((stray & widened(widened(thing.mask, side), side)).sum() > BLEMISH * area)
+
+    faint = (off > 2 / 3 * NOT_BACKGROUND).mean()
+    return bool(stray.mean() <= SPECK and faint <= 3 * SPECK) and not any(map(spoilt, things))
+
+
 def judge(pixels: Pixels, scene: Scene) -> Verdict:
     """Compare a picture `[H, W, 3]` (RGB, uint8) with what was asked for.
 
@@ -95,11 +115,11 @@ def judge(pixels: Pixels, scene: Scene) -> Verdict:
     background = find_background(pixels)
     asked = ["background"]
     asked += (
-        ["word", "color", "count"]
+        ["word", "color", "clean"]
         if scene.word
-        else ["count", "shape", "color", "size", "style"]
+        else ["clean", "count", "shape", "color", "size", "style"]
         if scene.things
-        else ["count"]
+        else ["clean", "count"]
     )
     counted = len(scene.things) > 1 and len({(t.shape, t.color, t.radius) for t in scene.things}) == 1
     if scene.things and not counted:
@@ -113,12 +133,12 @@ def judge(pixels: Pixels, scene: Scene) -> Verdict:
         checks |= {"word": word == scene.word, "color": color == scene.word_color}
         if color is not None:
             # Half a speck is two dots of a letter.
-            clean = ink_astray(pixels, background, word, color) <= SPECK / 2
-            checks["count"] = clean and not_word(pixels, background, len(word), color) <= SPECK
+            legible = ink_astray(pixels, background, word, color) <= SPECK / 2
+            checks["clean"] = legible and not_word(pixels, background, len(word), color) <= SPECK
         return Verdict(checks, background, (), word)
-    found, dirt = find_things(pixels, background)
+    found = find_things(pixels, background)
     pairs = _pair_up(found, scene)
-    checks["count"] = len(found) == len(scene.things) and dirt <= SPECK
+    checks |= {"clean": _clean(pixels, background, found), "count": len(found) == len(scene.things)}
     if pairs:
         looks = [_looks(found, thing) for found, thing in pairs]
         checks |= {name: all(look[name] for look in looks) for name in looks[0]}

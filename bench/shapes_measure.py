@@ -4,16 +4,18 @@
     things       connected pixels that are not background, split where two colours meet that are not stripes
     each thing   colour by majority, if that is near to one; shape, centre and radius by the best overlap among the
                  six outlines
+    unexplained  pixels that none of this accounts for: what was found is laid out ideally, and each has to be a colour
+                 or a mixture of two that lie there, give or take a pixel in 64
     word         the dots of each letter's cell against the letters' patterns
 
-Nothing here draws a scene.
+Nothing here draws a scene: outlines are filled by a rasteriser of its own.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -25,6 +27,7 @@ from fluxkiln.bench.shapes_scene import (
     FONT,
     LETTER_CELL,
     LETTER_DOT,
+    OUTLINE_SCALE,
     SHAPES,
     STRIPES,
     THING_STRIPE,
@@ -39,13 +42,16 @@ BORDER = 0.035  # width of the frame in which the background is recognised, over
 BACKGROUND_ERROR = 22.0  # mean RGB distance of the frame from its background, at most
 NOT_BACKGROUND = 40.0  # RGB distance from which a pixel is something else; any two legible colours are 75 apart
 PURE = 45.0  # RGB distance from a palette colour up to which a pixel is no mixture of two
-SPECK = 0.004  # of the area: less than that is dirt, and more dirt than that in all is a fault
+SPECK = 0.004  # of the area: less than that is no thing, and more unexplained than that in all is a fault
 _HOLE = 0.12  # of what is painted, from which a thing is outlined
 _ASTRAY = 0.6  # of the way from background to ink: more than a letter's blur
+STRIPE_SHARE = 0.1  # of a striped thing, by which its own colour may take more or less than it should
+_FINE = 3  # points a pixel across and down, of which each lies in an outline or not
 _ENOUGH = 128  # pixels of the shorter side; of more, nothing is seen that these do not show
 
 _NAMES = list(COLORS)
 _PALETTE = np.array([COLORS[name] for name in _NAMES], np.float32)
+_RGB = dict(zip(_NAMES, _PALETTE, strict=True))
 
 
 @dataclass(frozen=True)
@@ -128,17 +134,39 @@ def fill(mask: Mask) -> Mask:
         reached = grown
 
 
-def coverage(corners: list[tuple[float, float]], height: int, width: int) -> NDArray[np.float32]:
-    """Share of every pixel inside a polygon, from 3 x 3 points a pixel and the even-odd rule."""
-    xs, ys = ((np.arange(3 * n) + 0.5) / 3 for n in (width, height))
-    inside = np.zeros((3 * height, 3 * width), bool)
+def _within(corners: list[tuple[float, float]], height: int, width: int) -> Mask:
+    """Which of the points `[3 H, 3 W]` lie within a polygon, by the even-odd rule."""
+    xs, ys = (_points(n) for n in (width, height))
+    inside = np.zeros((len(ys), len(xs)), bool)
     for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
         if y0 == y1:
             continue
         crosses = (ys < y0) != (ys < y1)
         at = x0 + (ys - y0) / (y1 - y0) * (x1 - x0)
         inside ^= crosses[:, None] & (xs[None, :] < at[:, None])
-    return inside.reshape(height, 3, width, 3).mean((1, 3), dtype=np.float32)
+    return inside
+
+
+def _points(n: int) -> NDArray[np.float64]:
+    """Where the points of n pixels in a row lie, in pixels."""
+    return (np.arange(_FINE * n) + 0.5) / _FINE
+
+
+def _by_pixel(points: Mask) -> Mask:
+    """The points of each pixel, `[H, 3, W, 3]`."""
+    return points.reshape(points.shape[0] // _FINE, _FINE, -1, _FINE)
+
+
+def coverage(corners: list[tuple[float, float]], height: int, width: int) -> NDArray[np.float32]:
+    """Share of every pixel inside a polygon."""
+    return _by_pixel(_within(corners, height, width)).mean((1, 3), dtype=np.float32)
+
+
+def widened(mask: Mask, side: int) -> Mask:
+    """A mask and all within a pixel of it; two from 97 pixels of the shorter side on, three from 161, and so on."""
+    for _ in range(max(1, math.ceil(side / 64 - 0.5))):
+        mask = dilate(mask)
+    return mask
 
 
 # -- background -------------------------------------------------------------------------------------------------------
@@ -155,7 +183,7 @@ def _hypotheses() -> tuple[Background, ...]:
 
 def _expected(background: Background, height: int, width: int) -> tuple[NDArray[np.float32], Mask]:
     """Colour of every pixel `[H, W, 3]`, and the columns `[W]` on a stripe's edge, where it is a mixture."""
-    first, last = (np.array(COLORS[background.colors[i]], np.float32) for i in (0, -1))
+    first, last = (_RGB[background.colors[i]] for i in (0, -1))
     if background.kind == "gradient":
         weight = ((np.arange(height) + 0.5) / height)[:, None, None]
         return np.broadcast_to((1 - weight) * first + weight * last, (height, width, 3)), np.zeros(width, bool)
@@ -184,7 +212,8 @@ def find_background(pixels: Pixels) -> Background | None:
     frame, colors, weights = _frames(*pixels.shape[:2])
     distances = np.linalg.norm(pixels[frame].astype(np.float32) - colors, axis=-1)
     distances = np.minimum(distances, 120.0)  # a thing that reaches into the frame counts, but not fully
-    errors = (distances * weights).sum(1) / weights.sum(1)
+    seen = weights.sum(1)  # none, where a picture is so narrow that all of it is stripes' edges
+    errors = np.where(seen > 0, (distances * weights).sum(1) / np.maximum(seen, 1), np.inf)
     best = int(errors.argmin())
     return _hypotheses()[best] if errors[best] <= BACKGROUND_ERROR else None
 
@@ -229,30 +258,22 @@ def fit_shape(cover: NDArray[np.float32]) -> tuple[str, float, float, float, flo
     return best
 
 
-def _colors_in(pixels: Pixels, region: Mask) -> tuple[NDArray[np.int64], Mask, list[int], int]:
-    """Nearest palette entry of every pixel, where it is near, which are more than the blur between two others, and how
-    many pixels have as much of a colour that is none of the palette's."""
+def _colors_in(pixels: Pixels, region: Mask) -> tuple[NDArray[np.int64], Mask, list[int]]:
+    """Nearest palette entry of every pixel, where it is near, and which are more than the blur between two others."""
     distances = np.linalg.norm(pixels[:, :, None].astype(np.float32) - _PALETTE, axis=-1)
     labels, pure = distances.argmin(-1), distances.min(-1) < PURE
     area = region.sum()
-    solid, muddy = [], 0
+    solid = []
     for value in np.unique(labels[region]):
         part = region & (labels == value)
         inside = erode(part)
-        if part.sum() >= 0.03 * area and (inside.any() or area < 60):
-            if np.median(distances[..., value][inside if inside.any() else part]) < NOT_BACKGROUND:
-                solid.append(int(value))
-            else:
-                muddy += int(part.sum())
-    return labels, pure, solid, muddy
-
-
-def _strange(pixels: Pixels, paints: Sequence[int]) -> int:
-    """How many of the pixels `[n, 3]` are neither one of the paints nor a mixture of two."""
-    nearest = np.full(len(pixels), np.inf, np.float32)
-    for a, b in itertools.combinations_with_replacement(paints, 2):
-        nearest = np.minimum(nearest, _off_way(pixels.astype(np.float32), _PALETTE[a], _PALETTE[b]))
-    return int((nearest > NOT_BACKGROUND).sum())
+        if (
+            part.sum() >= 0.03 * area
+            and (inside.any() or area < 60)
+            and np.median(distances[..., value][inside if inside.any() else part]) < NOT_BACKGROUND
+        ):
+            solid.append(int(value))
+    return labels, pure, solid
 
 
 def _off_way(pixels: NDArray[np.float32], first: NDArray[np.float32], last: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -304,11 +325,6 @@ def _measure(
     return Found(shape, _NAMES[paint[0]], radius / min(height, width), x / width, y / height, style, overlap, whole)
 
 
-def _holes(part: Mask, region: Mask) -> int:
-    """How many pixels within a part show the background; what another thing of the region covers is no hole."""
-    return int((fill(part) & ~region).sum())
-
-
 def _measure_part(
     pixels: Pixels, part: Mask, region: Mask, labels: NDArray[np.int64], color: int, colors: NDArray[np.float32]
 ) -> Found:
@@ -319,55 +335,125 @@ def _measure_part(
     if (around & region).sum() > 0.8 * around.sum():
         behind = np.bincount(labels[dilate(around) & ~whole & region], minlength=len(_NAMES)).argmax()
         under = np.broadcast_to(_PALETTE[behind], colors.shape)
-    return _measure(pixels, part, (color,), under, "outlined" if _holes(part, region) > _HOLE * part.sum() else "plain")
+    hole = fill(part) & ~region  # what another thing of the region covers is none
+    return _measure(pixels, part, (color,), under, "outlined" if hole.sum() > _HOLE * part.sum() else "plain")
 
 
-def find_things(pixels: Pixels, background: Background) -> tuple[list[Found], float]:
-    """Everything in front of the background, and the share of the picture that is dirt."""
+def find_things(pixels: Pixels, background: Background) -> list[Found]:
+    """Everything in front of the background that is large enough to be a thing, and of a colour."""
     height, width, _ = pixels.shape
     colors, edge = _expected(background, height, width)
-    different, dirt = np.linalg.norm(pixels - colors, axis=-1) > NOT_BACKGROUND, 0.0
-    if edge.any():  # a stripe's edge belongs to what is on both sides of it
-        columns = np.flatnonzero(~edge)
-        left = columns[np.maximum(np.searchsorted(columns, np.arange(width), "right") - 1, 0)]
-        right = columns[np.minimum(np.searchsorted(columns, np.arange(width), "left"), len(columns) - 1)]
-        different = different[:, left] & different[:, right]
-        seams = edge & ~dilate(dilate(different))
-        first, last = (_PALETTE[_NAMES.index(name)] for name in background.colors)
-        dirt += float((_off_way(pixels[seams].astype(np.float32), first, last) > NOT_BACKGROUND).sum())
+    different = np.linalg.norm(pixels - colors, axis=-1) > NOT_BACKGROUND
+    if edge.any():  # there, both stripes are the background, and what lies between
+        ends = (_RGB[name] for name in background.colors)
+        different[:, edge] = _off_way(pixels[:, edge].astype(np.float32), *ends) > NOT_BACKGROUND
     smallest = SPECK * height * width
     found: list[Found] = []
     for region in components(different):
         if region.sum() < smallest:
-            dirt += float(region.sum())
-            continue
-        labels, pure, solid, muddy = _colors_in(pixels, region)
-        core = erode(erode(region))  # without the rim, which is mixed with what is behind
+            break
+        labels, pure, solid = _colors_in(pixels, region)
         if stripes := _stripes(labels, region, pure):
-            dirt += _strange(pixels[core], stripes) + _holes(region, region)
             thing = _measure(pixels, region, stripes, colors, "striped")
             if {_NAMES[value] for value in stripes} == {"white", "black"}:  # the own colour crosses the centre
                 row = min(int(thing.y * height), height - 1)
                 share = (labels[row] == stripes[0])[region[row]].mean()
                 thing = replace(thing, color=_NAMES[stripes[0] if share >= 0.5 else stripes[1]])
             found.append(thing)
-            continue
-        if not solid or (len(solid) == 1 and (labels[region] == solid[0]).mean() < 0.5):
-            dirt += float(region.sum())
-            continue
-        dirt += max(muddy, _strange(pixels[core], solid))
-        if len(solid) == 1:
+        elif len(solid) == 1 and (labels[region] == solid[0]).mean() >= 0.5:
             found.append(_measure(pixels, region, (solid[0],), colors))
-            dirt += _holes(region, region) if found[-1].style == "plain" else 0
-        else:  # things that touch, or one in front of another
+        elif len(solid) > 1:  # things that touch, or one in front of another
             for value in solid:
                 for part in components(region & (labels == value)):
                     if part.sum() >= smallest and erode(part).any():
                         found.append(_measure_part(pixels, part, region, labels, value, colors))
-                        dirt += _holes(part, region) if found[-1].style == "plain" else 0
-                    else:  # where two others meet, they are mixed
-                        dirt += _strange(pixels[core & part], [other for other in solid if other != value])
-    return found, dirt / (height * width)
+    return found
+
+
+# -- what is left over ------------------------------------------------------------------------------------------------
+
+
+def _paints(pixels: Pixels, background: Background, things: Iterable[Found]) -> list[tuple[Mask, NDArray[np.float32]]]:
+    """What was found as it should look: for each paint where it may be seen `[H, W]`, and its colour `[H, W, 3]`.
+
+    Of two things the smaller is in front.
+    """
+    height, width, _ = pixels.shape
+    side, paints = min(height, width), list[tuple[Mask, NDArray[np.float32]]]()
+    free = np.ones((_FINE * height, _FINE * width), bool)
+
+    def add(points: Mask, color: NDArray[np.float32]) -> None:
+        where = widened(_by_pixel(points).any((1, 3)), side)
+        paints.append((where, np.broadcast_to(color, (height, width, 3))))
+
+    for thing in sorted(things, key=lambda thing: thing.radius):
+        x, y, radius = thing.x * width, thing.y * height, thing.radius * side
+        seen = _within(outline(thing.shape, x, y, radius), height, width)
+        if thing.style == "outlined":
+            seen &= ~_within(outline(thing.shape, x, y, radius * OUTLINE_SCALE), height, width)
+        seen &= free
+        free &= ~seen
+        if thing.style == "striped":
+            between = _RGB["black" if thing.color == "white" else "white"]
+            own = _own_stripes(pixels, _by_pixel(seen).all((1, 3)), y, _RGB[thing.color], between)[:, None]
+            for _ in range(_FINE):  # a tip may end in a sliver of a stripe that no point lies in
+                seen = dilate(seen)
+            add(seen & own, _RGB[thing.color])
+            add(seen & ~own, between)
+        else:
+            add(seen, _RGB[thing.color])
+    if background.kind == "striped":
+        odd = (_points(width) * STRIPES / width).astype(int) % 2 == 1
+        for points, name in zip((free & ~odd, free & odd), background.colors, strict=True):
+            add(points, _RGB[name])
+    else:
+        add(free, _expected(background, height, width)[0])
+    return paints
+
+
+def _own_stripes(pixels: Pixels, seen: Mask, y: float, own: NDArray[np.float32], between: NDArray[np.float32]) -> Mask:
+    """Which rows of points `[3 H]` of a striped thing should have its own colour; all, if its stripes are too wide or
+    too narrow.
+
+    One such stripe is centred on the thing, as far as y says where that is: of the places within half a stripe, the
+    one that fits best, and of equals the nearest.
+    """
+    step, ys = THING_STRIPE * min(seen.shape), _points(len(seen))
+    way, n = own - between, seen.sum(1)
+    share = np.clip(((pixels - between) * way).sum(-1) / (way * way).sum(), 0, 1)  # of the own colour, in each pixel
+    lean = ((2 * share - 1) * seen).sum(1)
+
+    def mine(shift: float) -> Mask:
+        return np.floor((ys - y - shift) / step + 0.5) % 2 == 0
+
+    def by_row(shift: float) -> NDArray[np.float64]:
+        return mine(shift).reshape(-1, _FINE).mean(1)
+
+    shifts = sorted(np.linspace(-0.45, 0.45, 13) * step, key=abs)
+    best = max(shifts, key=lambda shift: float(lean @ by_row(shift)))
+    off = abs(float((share * seen).sum() - n @ by_row(best))) / max(n.sum(), 1)
+    return mine(best) if off <= STRIPE_SHARE else np.ones(len(ys), bool)
+
+
+def unexplained(pixels: Pixels, background: Background, things: Iterable[Found]) -> NDArray[np.float32]:
+    """RGB distance `[H, W]` of each pixel from what was found: from the colours that should be within a pixel of there
+    (`widened`), and from mixtures of them."""
+    paints, off = _paints(pixels, background, things), np.full(pixels.shape[:2], np.inf, np.float32)
+
+    def hold(where: Mask, first: NDArray[np.float32], last: NDArray[np.float32]) -> None:
+        off[where] = np.minimum(off[where], _off_way(pixels[where].astype(np.float32), first[where], last[where]))
+
+    for i, (here, first) in enumerate(paints):
+        hold(here, first, first)
+        for j, (there, second) in enumerate(paints[:i]):
+            if not (both := here & there).any():
+                continue
+            hold(both, first, second)
+            for also, third in paints[:j]:  # where a stripe ends at a rim
+                if (all_three := both & also).any():
+                    for a, b, c in ((first, second, third), (second, third, first), (third, first, second)):
+                        hold(all_three, a, (b + c) / 2)
+    return off
 
 
 # -- words ------------------------------------------------------------------------------------------------------------
@@ -383,7 +469,7 @@ def read_word(pixels: Pixels, background: Background) -> tuple[str, str | None]:
     """The word in the middle and the colour it is written in; letters that are no letter read as "?"."""
     height, width, _ = pixels.shape
     side = min(height, width)
-    ground = _PALETTE[_NAMES.index(background.color)]
+    ground = _RGB[background.color]
     distance = np.linalg.norm(pixels - ground, axis=-1)
     ink_pixels = distance > 60
     if not ink_pixels.any():
@@ -425,15 +511,15 @@ def not_word(pixels: Pixels, background: Background, letters: int, color: str) -
     rows, columns = (np.abs(np.arange(n) + 0.5 - n / 2) for n in (height, width))
     place = np.ix_(rows <= tall, columns <= half)
     off = np.linalg.norm(pixels - ground, axis=-1)
-    off[place] = _off_way(pixels[place].astype(np.float32), ground[place], _PALETTE[_NAMES.index(color)])
+    off[place] = _off_way(pixels[place].astype(np.float32), ground[place], _RGB[color])
     return float((off > NOT_BACKGROUND).mean())
 
 
 def ink_astray(pixels: Pixels, background: Background, word: str, color: str) -> float:
     """Share of the picture that has ink where no dot of the word is, or none where one is, give or take a pixel."""
     height, width, _ = pixels.shape
-    side, ground = min(height, width), _PALETTE[_NAMES.index(background.color)]
-    way = _PALETTE[_NAMES.index(color)] - ground
+    side, ground = min(height, width), _RGB[background.color]
+    way = _RGB[color] - ground
     ink = np.clip(((pixels - ground) * way).sum(-1) / max(float((way * way).sum()), 1.0), 0, 1)
     glyphs = dict(zip(*_glyphs(), strict=True))
     dots = np.concatenate([glyphs.get(letter, np.zeros((7, 5), np.float32)) for letter in word], axis=1)

@@ -53,11 +53,11 @@ def compile_together(rank: int, model: Denoiser, predict: Callable[..., Tensor])
     """Compile all that a step can meet, each worker its share first: what others have compiled, it finds on disk."""
     places: dict[tuple[int, ...], tuple[Places, int]] = {}  # by batch, tokens of a picture and of text, and edit or not
     for kind in SHARES:
-        n, size = kind.samples, kind.size[0] * kind.size[1] // 256
-        reference = torch.zeros(n, size, 64) if kind.edit else None
-        batch = Batch(kind.size, [""] * n, torch.zeros(n, size, 64), reference, torch.ones(n))
+        n, tokens = kind.samples, kind.tokens
+        reference = torch.zeros(n, tokens, 64) if kind.edit else None
+        batch = Batch(kind.size, [""] * n, torch.zeros(n, tokens, 64), reference, torch.ones(n))
         for length in (kind.text, MAX_LENGTH):
-            places[n, size, length, kind.edit] = straight(batch, 0.0, torch.Generator()), length
+            places[n, tokens, length, kind.edit] = straight(batch, 0.0, torch.Generator()), length
     every, world = list(places.values()), distributed.get_world_size()
     torch._dynamo.config.recompile_limit = max(8, len(every))  # beyond it, the rest would run as it is, without a word
     for turn in range(world):

@@ -28,9 +28,14 @@ class Kind(NamedTuple):
     text: int
 
     @property
+    def tokens(self) -> int:
+        """Of one picture: 16 x 16 pixels each."""
+        return self.size[0] * self.size[1] // 256
+
+    @property
     def pictures(self) -> int:
         """Tokens of a sample's pictures."""
-        return self.size[0] * self.size[1] // 256 * (1 + self.edit)
+        return self.tokens * (1 + self.edit)
 
     @property
     def samples(self) -> int:
