@@ -65,7 +65,7 @@ def test_true_renders_are_right(kind: str) -> None:
 def test_true_renders_between_the_pixels_are_right(style: str, ground: Background) -> None:
     """Where stripes and outlines begin in the middle of pixels, which are mixtures of up to three colours then."""
     rng, shapes = Random(f"{style} {ground}"), SHAPES if style == "striped" else ("circle", "square", "triangle")
-    for shape, side in itertools.product(shapes, (64, 64, 80, 96, 128)):
+    for shape, side in itertools.product(shapes, (64, 64, 80, 96, 100, 128)):
         x, y = (round(rng.uniform(0.47, 0.53), 3) for _ in "xy")
         thing = Thing.of(shape, rng.choice(("red", "purple", "yellow")), rng.choice(("medium", "large")), style=style)
         scene = Scene(ground, (thing.replace(x=x, y=y),))
