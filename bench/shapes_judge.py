@@ -10,23 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.bench import metrics
-from fluxkiln.bench.shapes_measure import (
-    NOT_BACKGROUND,
-    SPECK,
-    Found,
-    Mask,
-    Pixels,
-    coverage,
-    find_background,
-    find_things,
-    ink_astray,
-    not_word,
-    read_word,
-    reduced,
-    unexplained,
-    widened,
-)
+from fluxkiln.bench.shapes_layout import unexplained
+from fluxkiln.bench.shapes_masks import Mask, Pixels, coverage, widened
+from fluxkiln.bench.shapes_measure import NOT_BACKGROUND, SPECK, Found, find_background, find_things, reduced
 from fluxkiln.bench.shapes_scene import OUTLINE_SCALE, Background, Scene, Thing, outline
+from fluxkiln.bench.shapes_words import ink_astray, not_word, read_word
 
 SHAPE_OVERLAP = 0.80  # intersection over union with the ideal outline, at least
 BLEMISH = 0.06  # of a thing's area that is unexplained, on it or beside it, at most

@@ -2,7 +2,7 @@
 
 A scene is data (`Scene`, `Thing`, `Background`), everything about it is relative to the picture's sides, so one scene
 can be drawn at any size and aspect ratio. Training (`tools/shapes`) and the benchmark share this description; the
-judge (`shapes_measure.py`, `shapes_judge.py`) measures pixels and never calls `draw`.
+judge (`shapes_judge.py` and what it takes) measures pixels and never calls `draw`.
 """
 
 from __future__ import annotations
